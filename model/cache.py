@@ -1,0 +1,43 @@
+"""Writing new rows into a memory of fixed capacity: in place when run, a functional operator when exported."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("hsa::cache_write", mutates_args=())
+def cache_write(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
+    """A copy of ``cache`` [B, T, ...] with ``update`` [B, n, ...] in rows ``start[b]`` … ``start[b] + n - 1`` (ONNX
+    ``TensorScatter``, axis 1).
+
+    Raises:
+        ValueError: the rows do not fit into the cache.
+    """
+    n = update.shape[1]
+    if start.numel() and not 0 <= int(start.min()) <= int(start.max()) <= cache.shape[1] - n:
+        raise ValueError(
+            f"cannot write {n} rows at {start.tolist()} into {cache.shape[1]}; give the memory more capacity"
+        )
+    written = cache.clone()
+    for row, first in enumerate(start.tolist()):
+        written[row, first : first + n] = update[row]
+    return written
+
+
+@cache_write.register_fake
+def _(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
+    return torch.empty_like(cache)
+
+
+def write_rows(cache: Tensor, update: Tensor, start_B: Tensor) -> Tensor:
+    """``cache`` with ``update`` written from row ``start_B`` on; all rows of the batch start at the same place.
+
+    The cache itself is changed and returned, except while exporting, where graphs are functional.
+    """
+    if torch.compiler.is_exporting():
+        return torch.ops.hsa.cache_write(cache, update, start_B)
+    if n := update.shape[1]:
+        start = int(start_B[0])
+        cache[:, start : start + n] = update
+    return cache

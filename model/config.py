@@ -1,0 +1,156 @@
+"""The shape of a model: one frozen dataclass, checked when it is made, and the presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SlotWeights = Literal["softmax", "stick-breaking"]
+SLOT_WEIGHTS: tuple[str, ...] = ("softmax", "stick-breaking")
+
+
+class ConfigError(ValueError):
+    """A model was described with values that do not fit together; the message says which and what would do."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of one model. The letters in brackets are those of the shape legends.
+
+    Args:
+        vocab_size: [V] rows of the embedding; the byte tokenizer needs 260.
+        d_model: [d] width of the residual stream.
+        mlp_dim: inner width of every SwiGLU.
+        lower_layers: sliding-window layers below the chunk memory.
+        upper_layers: sliding-window layers above it, spread evenly over the groups.
+        n_groups: retrievals, each followed by an HSA sub-layer and its share of the upper layers.
+        swa_heads, swa_kv_heads, swa_head_dim: of the sliding-window layers and of the chunk encoder.
+        window: [W] a token sees itself and the W - 1 tokens before it.
+        chunk_size: [S] tokens a chunk.
+        hsa_heads, hsa_kv_heads, hsa_head_dim: [Hq, Hkv, D] of the HSA sub-layers and of the chunk memory.
+        retrieval_heads: [Hr] either hsa_kv_heads or 1 (then all kv heads share one selection).
+        retrieval_dim: [Dr] width of one retrieval head.
+        top_k: [K] chunks selected a token at inference.
+        train_top_k: K while training; small, so that the model learns to reject chunks.
+        encoder_layers: bidirectional layers of the chunk encoder.
+        bypass: what was retrieved reaches the residual stream only through the HSA sub-layer's MLP.
+        weights: how the scores of the selected chunks become weights.
+        off_by_one: add 1 to the softmax denominators inside the chunks.
+        qk_norm: RMSNorm on queries and keys of every attention, and on retrieval queries and landmarks.
+        leave_window: chunks that the sliding window covers are not selected.
+        tie_embeddings: the head shares the embedding's weight.
+        rope_base: base of the rotary frequencies.
+
+    Raises:
+        ConfigError: a value is out of range or two values do not fit.
+    """
+
+    vocab_size: int = 260
+    d_model: int = 128
+    mlp_dim: int = 256
+    lower_layers: int = 2
+    upper_layers: int = 2
+    n_groups: int = 1
+    swa_heads: int = 4
+    swa_kv_heads: int = 4
+    swa_head_dim: int = 32
+    window: int = 32
+    chunk_size: int = 16
+    hsa_heads: int = 4
+    hsa_kv_heads: int = 1
+    hsa_head_dim: int = 32
+    retrieval_heads: int = 1
+    retrieval_dim: int = 64
+    top_k: int = 4
+    train_top_k: int = 4
+    encoder_layers: int = 1
+    bypass: bool = True
+    weights: SlotWeights = "softmax"
+    off_by_one: bool = False
+    qk_norm: bool = True
+    leave_window: bool = False
+    tie_embeddings: bool = True
+    rope_base: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{field.name} must be a positive integer, got {value!r}")
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ConfigError(f"{field.name} must be true or false, got {value!r}")
+        self._check_heads()
+        if self.weights not in SLOT_WEIGHTS:
+            raise ConfigError(f"weights must be one of {', '.join(SLOT_WEIGHTS)}, got {self.weights!r}")
+        if not isinstance(self.rope_base, int | float) or self.rope_base <= 1:
+            raise ConfigError(f"rope_base must be a number above 1, got {self.rope_base!r}")
+        if self.upper_layers % self.n_groups:
+            raise ConfigError(f"upper_layers ({self.upper_layers}) must be a multiple of n_groups ({self.n_groups})")
+        if self.leave_window and self.window < self.chunk_size:
+            raise ConfigError(
+                f"leave_window needs a window of at least chunk_size ({self.chunk_size}), got {self.window}: "
+                "tokens between window and chunk would be seen by neither"
+            )
+
+    def _check_heads(self) -> None:
+        for kind in ("swa", "hsa"):
+            heads, kv_heads = getattr(self, f"{kind}_heads"), getattr(self, f"{kind}_kv_heads")
+            if heads % kv_heads:
+                raise ConfigError(f"{kind}_heads ({heads}) must be a multiple of {kind}_kv_heads ({kv_heads})")
+        if self.swa_head_dim % 2:
+            raise ConfigError(f"swa_head_dim must be even, RoPE turns pairs; got {self.swa_head_dim}")
+        if self.retrieval_heads not in (1, self.hsa_kv_heads):
+            raise ConfigError(
+                f"retrieval_heads must be 1 or hsa_kv_heads ({self.hsa_kv_heads}), got {self.retrieval_heads}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; ``from_dict`` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        """Inverse of ``to_dict``. Missing fields take their defaults.
+
+        Raises:
+            ConfigError: ``data`` is not a mapping, has an unknown field, or a value is invalid.
+        """
+        if not isinstance(data, dict):
+            raise ConfigError(f"a model config must be a JSON object, got {type(data).__name__}")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise ConfigError(f"unknown model config fields {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+        return cls(**data)
+
+
+def preset(name: str) -> ModelConfig:
+    """The preset of that name.
+
+    Raises:
+        ConfigError: there is none; the message lists them.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def _large(d_model: int, layers: int, mlp_dim: int, **fields: Any) -> ModelConfig:
+    """The reference family: windows of 512, chunks of 64, heads of 64, trained at 4 096 tokens with K = 8."""
+    shape: dict[str, Any] = {
+        "vocab_size": 50_304, "window": 512, "chunk_size": 64, "n_groups": 2,
+        "lower_layers": layers // 2, "upper_layers": layers // 2,
+        "swa_heads": d_model // 64, "swa_kv_heads": 2, "swa_head_dim": 64,
+        "hsa_heads": d_model // 64, "hsa_kv_heads": 1, "hsa_head_dim": 64,
+        "retrieval_dim": 128, "top_k": 8, "train_top_k": 8,
+    }  # fmt: skip
+    return ModelConfig(d_model=d_model, mlp_dim=mlp_dim, **(shape | fields))
+
+
+PRESETS: dict[str, ModelConfig] = {
+    "tiny": ModelConfig(),
+    "25m": _large(256, 8, 1024),
+    "60m": _large(512, 8, 1536),
+    "240m": _large(1024, 16, 2304),
+    "345m": _large(1024, 16, 4096, top_k=32, train_top_k=32),
+}

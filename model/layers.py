@@ -1,0 +1,156 @@
+"""Sliding-window layers and what they are made of.
+
+Shape letters: B batch, L tokens of the segment, R tokens of the ring before it, T = R + L, W window, d model width,
+H query heads, Hkv key/value heads, D head width, N blocks of a blocked segment.
+
+Positions: rotations depend on differences of positions alone, so each call counts from its first visible key. No
+absolute position ever becomes a float, and no table grows with the length of the text.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hsa_compile.model.config import ModelConfig
+
+NORM_EPS = 1e-6
+
+
+def rms_norm(width: int) -> nn.RMSNorm:
+    return nn.RMSNorm(width, eps=NORM_EPS)
+
+
+def rotations(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, 1, head_dim / 2] of positions 0 … length - 1, for [..., length, H, head_dim]."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE over leading batch dimensions: element i of the first half pairs with element i of the second."""
+    a, b = x_THD.chunk(2, dim=-1)
+    cos, sin = cos.to(x_THD.dtype), sin.to(x_THD.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention [B, L, H, D], H a multiple of the key heads; ``mask`` is true where a key is visible."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BTHD, v_BTHD))
+    if not torch.compiler.is_exporting():
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+    # Exported graphs take plain products, which every runtime computes for empty batches as well.
+    q = q.unflatten(1, (k.shape[1], -1))
+    scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(-1) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
+
+
+class SlidingWindow:
+    """Attention of L tokens to the window before each, and what the layers of one call share for it.
+
+    Segments longer than a window go in blocks of W tokens against their own and the previous block, so that the cost
+    is O(L*W); shorter ones go in one masked product.
+
+    Args:
+        ring: tokens before the segment whose keys are given, at most W - 1.
+        length: tokens of the segment.
+    """
+
+    def __init__(self, config: ModelConfig, ring: int, length: int, device: torch.device) -> None:
+        self.W, self.R, self.L = config.window, ring, length
+        # The export holds for any length, and is meant for segments of about a window.
+        self.blocked = not torch.compiler.is_exporting() and length > self.W
+        keys = 2 * self.W if self.blocked else ring + length
+        queries = self.W if self.blocked else length
+        self.cos, self.sin = rotations(keys, config.swa_head_dim, config.rope_base, device)
+        i = torch.arange(queries, device=device)[:, None] + (keys - queries)
+        j = torch.arange(keys, device=device)
+        self.mask = (i >= j) & (i - j < self.W)
+        self.first_query = keys - queries
+
+    def attend(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+        """[B, L, H, D] from unrotated queries and unrotated keys of the ring and the segment."""
+        if self.blocked:
+            return self._attend_blocks(q_BLHD, k_BTHD, v_BTHD)
+        q = rotate(q_BLHD, self.cos[self.first_query :], self.sin[self.first_query :])
+        return attend(q, rotate(k_BTHD, self.cos, self.sin), v_BTHD, self.mask)
+
+    def _attend_blocks(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+        B, W = q_BLHD.shape[0], self.W
+        blocks = -(-self.L // W)
+        tail = blocks * W - self.L
+        q_BNWHD = F.pad(q_BLHD, (0, 0, 0, 0, 0, tail)).unflatten(1, (blocks, W))
+        k_BNXHD, v_BNXHD = (self._with_previous(x, tail) for x in (k_BTHD, v_BTHD))
+        q_BNWHD = rotate(q_BNWHD, self.cos[W:], self.sin[W:])
+        k_BNXHD = rotate(k_BNXHD, self.cos, self.sin)
+        mask = self.mask.expand(B, blocks, 1, W, 2 * W).clone()
+        mask[:, 0, ..., : W - self.R] = False  # before the first token there is only padding
+        o = attend(q_BNWHD.flatten(0, 1), k_BNXHD.flatten(0, 1), v_BNXHD.flatten(0, 1), mask.flatten(0, 1))
+        return o.reshape(B, blocks * W, *q_BLHD.shape[2:])[:, : self.L]
+
+    def _with_previous(self, x_BTHD: Tensor, tail: int) -> Tensor:
+        """[B, N, 2W, H, D]: every block of W tokens after the block before it."""
+        x = F.pad(x_BTHD, (0, 0, 0, 0, self.W - self.R, tail))
+        return torch.cat((x[:, : -self.W].unflatten(1, (-1, self.W)), x[:, self.W :].unflatten(1, (-1, self.W))), dim=2)
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of a normed stream, QK-normed a head, and the way back."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = (config.swa_heads, config.swa_kv_heads, config.swa_kv_heads)
+        D = config.swa_head_dim
+        self.qkv = nn.Linear(config.d_model, sum(self.heads) * D, bias=False)
+        self.out = nn.Linear(config.swa_heads * D, config.d_model, bias=False)
+        self.q_norm = rms_norm(D) if config.qk_norm else nn.Identity()
+        self.k_norm = rms_norm(D) if config.qk_norm else nn.Identity()
+
+    def split(self, x_BLd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, L, H, D], k and v [B, L, Hkv, D], before any rotation."""
+        q, k, v = self.qkv(x_BLd).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def merge(self, o_BLHD: Tensor) -> Tensor:
+        return self.out(o_BLHD.flatten(2))
+
+
+class SwiGlu(nn.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(width, 2 * inner, bias=False)
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class SwaLayer(nn.Module):
+    """Pre-norm Transformer layer with sliding-window attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = rms_norm(config.d_model)
+        self.attention = Projections(config)
+        self.mlp_norm = rms_norm(config.d_model)
+        self.mlp = SwiGlu(config.d_model, config.mlp_dim)
+
+    def forward(
+        self, x_BLd: Tensor, window: SlidingWindow, ring_k_BRHD: Tensor | None = None, ring_v_BRHD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's output [B, L, d], and the unrotated keys and values of ring and segment [B, R + L, Hkv, D]."""
+        q, k, v = self.attention.split(self.norm(x_BLd))
+        if ring_k_BRHD is not None and ring_v_BRHD is not None:
+            k, v = torch.cat((ring_k_BRHD, k), dim=1), torch.cat((ring_v_BRHD, v), dim=1)
+        x = x_BLd + self.attention.merge(window.attend(q, k, v))
+        return x + self.mlp(self.mlp_norm(x)), k, v
