@@ -1,0 +1,216 @@
+"""Both operators as model-local functions of standard ONNX operators, so that a model runs in a plain ONNX Runtime.
+
+Where the operator library is registered its kernels win and these bodies are not used. They are exact, not fast:
+``ChunkAttention`` gathers the keys and values of every token, 2·B·L·Hkv·K·S·D floats, so feed it short segments.
+Memory itself is never copied or transposed, only gathered from. Everything is computed in float.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import parser
+
+from hsa_compile.export.schema import DOMAIN, OPSET
+
+STANDARD_OPSET = 24  # the first with TensorScatter, which the models need for their state
+
+# The chunk axis is reversed before TopK, which breaks ties towards the lower index: so they go to the newer chunk.
+# K columns of -inf follow, so that K may exceed the number of chunks; they and what is not visible come out as -1.
+_CHUNK_SELECT = """
+<domain: "hsa", opset_import: ["" : 24], doc_string: "The K best visible chunks of every token and kv head">
+ChunkSelect <kv_heads, chunk_size, top_k, window: int = 0> (q_r, landmark, position, chunks) => (indices, scores)
+{
+  zero = Constant <value_int: int = 0> ()
+  one = Constant <value_int: int = 1> ()
+  none = Constant <value_int: int = -1> ()
+  ones = Constant <value_ints: ints = [1]> ()
+  axes_1 = Constant <value_ints: ints = [1]> ()
+  axes_13 = Constant <value_ints: ints = [1, 3]> ()
+  zero_f = Constant <value_float: float = 0.0> ()
+  nothing = Constant <value = float {-inf}> ()
+  Hkv = Constant <value_int: int = @kv_heads> ()
+  S = Constant <value_int: int = @chunk_size> ()
+  K = Constant <value_int: int = @top_k> ()
+  W = Constant <value_int: int = @window> ()
+  Ks = Reshape (K, ones)
+
+  # Token t sees the chunks that end at or before t - lag, and there are chunks[b] of them in all.
+  W_S = Sub (W, S)
+  has_window = Greater (W, zero)
+  lag = Where (has_window, W_S, zero)
+  L = Shape <start = 1, end = 2> (q_r)
+  L0 = Squeeze (L)
+  step = Range (zero, L0, one)
+  position_B1 = Unsqueeze (position, axes_1)
+  t = Add (position_B1, step)
+  past = Sub (t, lag)
+  filled = Mul (chunks, S)
+  filled_B1 = Unsqueeze (filled, axes_1)
+  limit = Min (past, filled_B1)
+  limit_B1L1 = Unsqueeze (limit, axes_13)
+
+  # Newest first: row 0 is chunk C-1, whose last token is C*S - 1.
+  C = Shape <start = 1, end = 2> (landmark)
+  C0 = Squeeze (C)
+  newest = Sub (C0, one)
+  chunk = Range (newest, none, none)
+  after = Add (chunk, one)
+  end = Mul (after, S)
+  visible = LessOrEqual (end, limit_B1L1)
+
+  landmark_f = Cast <to = 1> (landmark)
+  reversed = Gather <axis = 1> (landmark_f, chunk)
+  l_BHDC = Transpose <perm = [0, 2, 3, 1]> (reversed)
+  q_f = Cast <to = 1> (q_r)
+  q_BHLD = Transpose <perm = [0, 2, 1, 3]> (q_f)
+  dot = MatMul (q_BHLD, l_BHDC)
+  Dr = Shape <start = 3, end = 4> (q_r)
+  Dr_f = Cast <to = 1> (Dr)
+  root = Sqrt (Dr_f)
+  s = Div (dot, root)
+  masked = Where (visible, s, nothing)
+  s_shape = Shape <start = 0, end = 3> (s)
+  pad_shape = Concat <axis = 0> (s_shape, Ks)
+  pad = Expand (nothing, pad_shape)
+  candidates = Concat <axis = 3> (masked, pad)
+  best, column = TopK <axis = 3, largest = 1, sorted = 1> (candidates, Ks)
+
+  live = Greater (best, nothing)
+  picked = Sub (newest, column)
+  picked_or_none = Where (live, picked, none)
+  ordered, order = TopK <axis = 3, largest = 1, sorted = 1> (picked_or_none, Ks)
+  best_or_zero = Where (live, best, zero_f)
+  best_ordered = GatherElements <axis = 3> (best_or_zero, order)
+
+  # A single retrieval head serves all kv heads.
+  Hkvs = Reshape (Hkv, ones)
+  heads = Concat <axis = 0> (ones, ones, Hkvs, ones)
+  ordered_BLHK = Transpose <perm = [0, 2, 1, 3]> (ordered)
+  scores_BLHK = Transpose <perm = [0, 2, 1, 3]> (best_ordered)
+  ordered_all = Expand (ordered_BLHK, heads)
+  scores = Expand (scores_BLHK, heads)
+  indices = Cast <to = 6> (ordered_all)
+}
+"""
+
+# Without chunks there is nothing to gather from, so K is cut to 0 then and the sums are over nothing.
+_CHUNK_ATTENTION = """
+<domain: "hsa", opset_import: ["" : 24], doc_string: "Attention to the selected chunks, a softmax inside each">
+ChunkAttention <chunk_size, off_by_one: int = 0> (q, k, v, indices, weights) => (o)
+{
+  zero = Constant <value_int: int = 0> ()
+  one = Constant <value_int: int = 1> ()
+  zeros = Constant <value_ints: ints = [0]> ()
+  ones = Constant <value_ints: ints = [1]> ()
+  axis_3 = Constant <value_ints: ints = [3]> ()
+  last = Constant <value_ints: ints = [-1]> ()
+  zero_f = Constant <value_float: float = 0.0> ()
+  S = Constant <value_int: int = @chunk_size> ()
+  plus_one = Constant <value_int: int = @off_by_one> ()
+  off = Greater (plus_one, zero)
+  Ss = Reshape (S, ones)
+  B = Shape <start = 0, end = 1> (k)
+  T = Shape <start = 1, end = 2> (k)
+  Hkv = Shape <start = 2, end = 3> (k)
+  D = Shape <start = 3, end = 4> (k)
+  L = Shape <start = 1, end = 2> (q)
+  Hq = Shape <start = 2, end = 3> (q)
+  G = Div (Hq, Hkv)
+
+  K_given = Shape <start = 3, end = 4> (indices)
+  some = Min (T, ones)
+  K = Mul (K_given, some)
+  chunk = Slice (indices, zeros, K, axis_3)
+  w = Slice (weights, zeros, K, axis_3)
+
+  # Rows of k seen as [B*T*Hkv, D]: row = (b*T + c*S + j)*Hkv + h.
+  chunk_i = Cast <to = 7> (chunk)
+  live = GreaterOrEqual (chunk_i, zero)
+  chunk_or_first = Max (chunk_i, zero)
+  first = Mul (chunk_or_first, S)
+  first_BLHK1 = Unsqueeze (first, last)
+  j = Range (zero, S, one)
+  token = Add (first_BLHK1, j)
+  B0 = Squeeze (B)
+  b = Range (zero, B0, one)
+  row_shape = Constant <value_ints: ints = [-1, 1, 1, 1, 1]> ()
+  b_B1111 = Reshape (b, row_shape)
+  base = Mul (b_B1111, T)
+  absolute = Add (base, token)
+  wide = Mul (absolute, Hkv)
+  Hkv0 = Squeeze (Hkv)
+  h = Range (zero, Hkv0, one)
+  head_shape = Constant <value_ints: ints = [-1, 1, 1]> ()
+  h_H11 = Reshape (h, head_shape)
+  row = Add (wide, h_H11)
+  KS = Mul (K, Ss)
+  rows_shape = Concat <axis = 0> (B, L, Hkv, KS)
+  rows = Reshape <allowzero = 1> (row, rows_shape)
+  BT = Mul (B, T)
+  BTH = Mul (BT, Hkv)
+  table_shape = Concat <axis = 0> (BTH, D)
+  k_rows = Reshape <allowzero = 1> (k, table_shape)
+  v_rows = Reshape <allowzero = 1> (v, table_shape)
+  k_picked = Gather <axis = 0> (k_rows, rows)
+  v_picked = Gather <axis = 0> (v_rows, rows)
+  k_BLHND = Cast <to = 1> (k_picked)
+  v_BLHND = Cast <to = 1> (v_picked)
+
+  q_f = Cast <to = 1> (q)
+  q_shape = Concat <axis = 0> (B, L, Hkv, G, D)
+  q_BLHGD = Reshape <allowzero = 1> (q_f, q_shape)
+  k_BLHDN = Transpose <perm = [0, 1, 2, 4, 3]> (k_BLHND)
+  dot = MatMul (q_BLHGD, k_BLHDN)
+  D_f = Cast <to = 1> (D)
+  root = Sqrt (D_f)
+  logits = Div (dot, root)
+  chunk_shape = Concat <axis = 0> (B, L, Hkv, G, K, Ss)
+  s = Reshape <allowzero = 1> (logits, chunk_shape)
+
+  # Softmax with an optional 1 in the denominator, which is exp(0): so the peak is at least 0 then.
+  highest = ReduceMax <keepdims = 1> (s, last)
+  clamped = Max (highest, zero_f)
+  peak = Where (off, clamped, highest)
+  centred = Sub (s, peak)
+  e = Exp (centred)
+  sum = ReduceSum <keepdims = 1> (e, last)
+  minus_peak = Neg (peak)
+  exp_0 = Exp (minus_peak)
+  extra = Where (off, exp_0, zero_f)
+  denominator = Add (sum, extra)
+
+  # Empty slots weigh nothing, whatever their weight says.
+  w_live = Where (live, w, zero_f)
+  w_BLH1K = Unsqueeze (w_live, axis_3)
+  w_BLH1K1 = Unsqueeze (w_BLH1K, last)
+  factor = Div (w_BLH1K1, denominator)
+  p = Mul (e, factor)
+  p_shape = Concat <axis = 0> (B, L, Hkv, G, KS)
+  p_BLHGN = Reshape <allowzero = 1> (p, p_shape)
+  sum_v = MatMul (p_BLHGN, v_BLHND)
+  o_shape = Shape (q)
+  o_f = Reshape <allowzero = 1> (sum_v, o_shape)
+  o = CastLike (o_f, q)
+}
+"""
+
+
+def function_bodies() -> list[onnx.FunctionProto]:
+    """``ChunkSelect`` and ``ChunkAttention`` of domain ``hsa`` as functions over standard opset ``STANDARD_OPSET``."""
+    return [parser.parse_function(text) for text in (_CHUNK_SELECT, _CHUNK_ATTENTION)]
+
+
+def attach_functions(model: onnx.ModelProto) -> None:
+    """Adds both function bodies to a model that uses the operators, in place.
+
+    Raises:
+        ValueError: the model imports an older standard opset than the bodies are written in.
+    """
+    imported = {o.domain: o.version for o in model.opset_import}
+    if imported.get("", 0) < STANDARD_OPSET:
+        have = imported.get("", 0)
+        raise ValueError(f"the model imports opset {have}; export it with opset_version={STANDARD_OPSET} or later")
+    present = {(f.domain, f.name) for f in model.functions}
+    model.functions.extend(f for f in function_bodies() if (f.domain, f.name) not in present)
+    if DOMAIN not in imported:
+        model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, OPSET))
