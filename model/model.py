@@ -154,7 +154,7 @@ class HsaModel(nn.Module):
         S = self.config.chunk_size
         joined = torch.cat((pending_Brd, x_BLd), dim=1)
         n = joined.shape[1] // S
-        return joined[:, n * S :], self.encoder(joined[:, : n * S].unflatten(1, (n, S)))
+        return joined[:, n * S :].contiguous(), self.encoder(joined[:, : n * S].unflatten(1, (n, S)))
 
 
 class _Rings:
@@ -169,8 +169,8 @@ class _Rings:
     def run(self, layer: SwaLayer, x_BLd: Tensor, window: SlidingWindow) -> Tensor:
         x, k, v = layer(x_BLd, window, *next(self.old))
         first = torch.sym_max(k.shape[1] - self.size, 0)
-        self.new_k.append(k[:, first:])
-        self.new_v.append(v[:, first:])
+        self.new_k.append(k[:, first:].contiguous())
+        self.new_v.append(v[:, first:].contiguous())
         return x
 
 
