@@ -1,29 +1,142 @@
-"""Which path computes an operator in PyTorch."""
+"""Which path computes an operator in PyTorch: a compiled kernel where one can be had, eager PyTorch elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import torch
 from torch import Tensor
 
 from hsa_compile import eager
-from hsa_compile.ir import ChunkAttention, ChunkSelect
+from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
+from hsa_compile.native import Kernel
+from hsa_compile.schedules import BuildError, build
+
+log = logging.getLogger("hsa_compile")
+
+Backend = Literal["auto", "compiled", "eager"]
+_backend: Backend | None = None
+
+
+def current_backend() -> Backend:
+    """The path asked for: by ``use_backend``, else by ``$HSA_COMPILE_BACKEND``, else "auto".
+
+    Raises:
+        ValueError: the variable names no backend.
+    """
+    name = _backend or os.environ.get("HSA_COMPILE_BACKEND", "auto")
+    if name not in get_args(Backend):
+        raise ValueError(f"HSA_COMPILE_BACKEND must be one of {', '.join(get_args(Backend))}, got {name!r}")
+    return name  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Within the block, "compiled" demands kernels (a missing one is an error), "eager" uses none, "auto" prefers them."""
+    global _backend
+    if name not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {name!r}")
+    before, _backend = _backend, name
+    try:
+        yield
+    finally:
+        _backend = before
+
+
+@functools.cache
+def _load(problem: Problem, pass_name: str) -> Kernel:
+    return Kernel(build(problem, pass_name))
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    log.warning("no compiled kernels, using the slower eager path: %s", reason)
+
+
+@functools.cache
+def _failed(problem: Problem, pass_name: str) -> str:
+    """Why a kernel can't be had, "" if it can; remembered, so that a missing compiler costs one look."""
+    try:
+        _load(problem, pass_name)
+    except (BuildError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _kernel(problem: Problem, pass_name: str, q: Tensor, slots: int) -> Kernel | None:
+    """The kernel to run, or None for the eager path. ``slots`` a row must be countable in 32 bits by a backward."""
+    backend = current_backend()
+    if backend == "eager":
+        return None
+    reason = ""
+    if q.device.type != "cpu" or q.dtype != torch.float32:
+        reason = f"kernels are built for float32 on CPU, not {q.dtype} on {q.device.type}"
+    elif slots >= 2**31:
+        reason = f"L*K = {slots} does not fit 32 bits"
+    else:
+        reason = _failed(problem, pass_name)
+    if not reason:
+        return _load(problem, pass_name)
+    if backend == "compiled":
+        raise BuildError(reason)
+    _warn_once(reason)
+    return None
 
 
 def select(problem: ChunkSelect, q_r: Tensor, landmark: Tensor, position: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
-    p = problem
-    return eager.select(q_r, landmark, position, chunks, p.kv_heads, p.chunk_size, p.top_k, p.visible_lag)
+    """Computes ``hsa::chunk_select`` on checked arguments."""
+    B, L = q_r.shape[:2]
+    kernel = _kernel(problem, "forward", q_r, L * problem.top_k)
+    if kernel is None:
+        p = problem
+        return eager.select(q_r, landmark, position, chunks, p.kv_heads, p.chunk_size, p.top_k, p.visible_lag)
+    indices = torch.empty((B, L, problem.kv_heads, problem.top_k), dtype=torch.int32)
+    scores = torch.empty(indices.shape)
+    inputs = (q_r, landmark, position, chunks)
+    kernel((*(x.contiguous() for x in inputs), indices, scores), B, L, landmark.shape[1])
+    return indices, scores
 
 
 def select_backward(
     problem: ChunkSelect, grad_scores: Tensor, q_r: Tensor, landmark: Tensor, indices: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return eager.select_backward(grad_scores, q_r, landmark, indices)
+    """Computes ``hsa::chunk_select_backward`` on checked arguments."""
+    B, L = q_r.shape[:2]
+    kernel = _kernel(problem, "backward", q_r, L * problem.top_k)
+    if kernel is None:
+        return eager.select_backward(grad_scores, q_r, landmark, indices)
+    outputs = (torch.empty(q_r.shape), torch.empty(landmark.shape))
+    inputs = (grad_scores, q_r, landmark, indices)
+    kernel((*(x.contiguous() for x in inputs), *outputs), B, L, landmark.shape[1])
+    return outputs
 
 
 def attention(problem: ChunkAttention, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    return eager.attention(q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
+    """Computes ``hsa::chunk_attention`` on checked arguments."""
+    B, L = q.shape[:2]
+    kernel = _kernel(problem, "forward", q, L * problem.top_k)
+    if kernel is None:
+        return eager.attention(q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
+    o = torch.empty(q.shape)
+    inputs = (q, k, v, indices, weights)
+    kernel((*(x.contiguous() for x in inputs), o), B, L, k.shape[1] // problem.chunk_size)
+    return o
 
 
 def attention_backward(
     problem: ChunkAttention, grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return eager.attention_backward(grad_o, q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
+    """Computes ``hsa::chunk_attention_backward`` on checked arguments."""
+    B, L = q.shape[:2]
+    kernel = _kernel(problem, "backward", q, L * problem.top_k)
+    if kernel is None:
+        return eager.attention_backward(grad_o, q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
+    outputs = tuple(torch.empty(x.shape) for x in (q, k, v, weights))
+    inputs = (grad_o, q, k, v, indices, weights)
+    kernel((*(x.contiguous() for x in inputs), *outputs), B, L, k.shape[1] // problem.chunk_size)
+    return outputs  # type: ignore[return-value]

@@ -73,12 +73,11 @@ def _attention_problem(
     return problem
 
 
-def _check_range(indices: Tensor, chunks: int) -> None:
+def _check_range(name: str, x: Tensor, least: int, most: int) -> None:
     """On CPU only: on a GPU the look would stop the stream."""
-    if indices.device.type != "cpu" or indices.numel() == 0:
-        return
-    low, high = (int(x) for x in indices.aminmax())
-    _check(-1 <= low and high < chunks, f"indices must lie in -1 (empty) … {chunks - 1}, found {low} … {high}")
+    if x.device.type == "cpu" and x.numel():
+        low, high = (int(end) for end in x.aminmax())
+        _check(least <= low and high <= most, f"{name} must lie in {least} … {most}, found {low} … {high}")
 
 
 @torch.library.custom_op("hsa::chunk_select", mutates_args=())
@@ -112,6 +111,7 @@ def chunk_select(
         ValueError: a shape, dtype, device or size does not fit; the message says which.
     """
     problem = _select_problem(q_r, landmark, position, chunks, kv_heads, chunk_size, top_k, window)
+    _check_range("chunks", chunks, 0, landmark.shape[1])
     return dispatch.select(problem, q_r, landmark, position, chunks)
 
 
@@ -131,6 +131,7 @@ def chunk_select_backward(
     """Gradients of ``chunk_select`` to ``q_r`` and ``landmark``, through the scores of the selected chunks only."""
     Hr, Dr = int(q_r.shape[2]), int(q_r.shape[3])
     problem = ChunkSelect(int(indices.shape[2]), Hr, Dr, chunk_size, int(indices.shape[3]), 0, _FLOATS[q_r.dtype])  # type: ignore[arg-type]
+    _check_range("indices", indices, -1, landmark.shape[1] - 1)
     return dispatch.select_backward(problem, grad_scores, q_r, landmark, indices)
 
 
@@ -178,7 +179,7 @@ def chunk_attention(
         ValueError: a shape, dtype or device does not fit, or (on CPU) an index is out of range.
     """
     problem = _attention_problem(q, k, v, indices, weights, chunk_size, off_by_one)
-    _check_range(indices, k.shape[1] // chunk_size)
+    _check_range("indices", indices, -1, k.shape[1] // chunk_size - 1)
     return dispatch.attention(problem, q, k, v, indices, weights)
 
 
@@ -203,6 +204,7 @@ def chunk_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``chunk_attention`` to q, k, v and weights."""
     problem = _attention_problem(q, k, v, indices, weights, chunk_size, off_by_one)
+    _check_range("indices", indices, -1, k.shape[1] // chunk_size - 1)
     return dispatch.attention_backward(problem, grad_o, q, k, v, indices, weights)
 
 

@@ -1,0 +1,88 @@
+"""Tile programs: how an operator is computed on a class of machines, with the sizes of its tiles left open.
+
+A ``Program`` is a list of stages over raw pointers. Its functions are TVMScript, which only a compiler's process
+imports (the modules ``cpu_*``); this module is plain data and imports no compiler.
+
+Why TVMScript for CPUs and not the tile language of the GPU programs: that one reaches CPUs through C source, serial and
+fp32 only, at 9-12 GFLOP/s a thread; these reach 70 and more, because register blocks, vector width and the fused
+multiply-add are written out and LLVM keeps the accumulators in registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CpuTile:
+    """Sizes that a schedule chooses.
+
+    Args:
+        lanes: float32 lanes of a vector register.
+        row_block: rows of a register block, a power of two.
+        vector_block: vectors of a register block; ``row_block * vector_block`` accumulators stay in registers.
+        tokens: T, tokens whose chunk lists are walked together.
+        rows: query rows gathered for one chunk at a time.
+        landmarks: landmark rows scored at a time.
+    """
+
+    lanes: int
+    row_block: int
+    vector_block: int
+    tokens: int
+    rows: int
+    landmarks: int
+
+    def __post_init__(self) -> None:
+        for name in ("lanes", "row_block"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, got {value}")
+        if self.rows % self.row_block:
+            raise ValueError(f"rows ({self.rows}) must be a multiple of row_block ({self.row_block})")
+
+    def pad(self, n: int) -> int:
+        """n rounded up so that both vectors and row blocks divide it."""
+        unit = max(self.lanes, self.row_block)
+        return -(-n // unit) * unit
+
+    def vectors(self, n: int) -> int:
+        """The most vectors of a register block that divide a padded width."""
+        return max(v for v in range(1, self.vector_block + 1) if (n // self.lanes) % v == 0)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Memory that a program needs besides its tensors; ``elements`` is a C expression in B, L and C."""
+
+    name: str
+    dtype: str
+    elements: str
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One parallel step. ``units`` is a C expression in B, L and C; ``arguments`` name tensors and regions in the order
+    of the function's pointers, after which it takes B, L, C, begin and end as int64."""
+
+    symbol: str
+    function: Any
+    units: str
+    arguments: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A pass of an operator as stages with barriers between them.
+
+    Args:
+        tensors: names of the arguments, inputs first, in the order of the C interface.
+        scratch: regions that all threads share and that live through all stages.
+        workspace: regions that every thread has for itself.
+    """
+
+    tensors: tuple[str, ...]
+    scratch: tuple[Region, ...]
+    workspace: tuple[Region, ...]
+    stages: tuple[Stage, ...]

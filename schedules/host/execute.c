@@ -34,6 +34,15 @@ static void drain(void* argument) {
 
 static int64_t aligned(int64_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
+void hsa_parallel_openmp(void* host, void (*work)(void* job), void* job, int32_t threads) {
+  ((void (*)(void (*)(void*), void*, unsigned, unsigned))host)(work, job, (unsigned)threads, 0);
+}
+
+void hsa_parallel_serial(void* host, void (*work)(void* job), void* job, int32_t threads) {
+  (void)host, (void)threads;
+  work(job);
+}
+
 int hsa_execute(const hsa_kernel* kernel, void* const* tensors, const int64_t* dims, int32_t threads,
                 hsa_parallel parallel, void* host) {
   if (threads < 1) threads = 1;

@@ -37,6 +37,12 @@ typedef struct hsa_kernel {
  * returned. `host` is whatever the host needs for that. Fewer calls than `threads` are fine, none is not. */
 typedef void (*hsa_parallel)(void* host, void (*work)(void* job), void* job, int32_t threads);
 
+/* An hsa_parallel for a process that has an OpenMP runtime: `host` is the address of its GOMP_parallel. */
+void hsa_parallel_openmp(void* host, void (*work)(void* job), void* job, int32_t threads);
+
+/* An hsa_parallel for the calling thread alone. */
+void hsa_parallel_serial(void* host, void (*work)(void* job), void* job, int32_t threads);
+
 /* Runs all stages. Returns 0, or 1 when memory ran out. */
 int hsa_execute(const hsa_kernel* kernel, void* const* tensors, const int64_t* dims, int32_t threads,
                 hsa_parallel parallel, void* host);

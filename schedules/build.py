@@ -1,0 +1,205 @@
+"""Builds kernels: a worker process lowers the program and links it; the result lies in a cache named by its content.
+
+Nothing in this process imports a compiler. What a build depends on (problem, pass, tile sizes, target, sources,
+compiler versions) is hashed into its name, so a stale library can't be found, and a damaged one is built anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import filelock
+import platformdirs
+
+import hsa_compile
+from hsa_compile.ir import Problem, problem_from_dict
+from hsa_compile.schedules.cpu import tile_for
+from hsa_compile.schedules.target import CpuTarget, resolve
+
+log = logging.getLogger("hsa_compile")
+
+PASSES = ("forward", "backward")
+MANIFEST = "manifest.json"
+WORKER_SECONDS = 300
+
+
+class BuildError(RuntimeError):
+    """A kernel could not be built; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A built kernel.
+
+    Args:
+        directory: of the manifest and the files.
+        problem: the operator it computes.
+        pass_name: "forward" or "backward".
+        target: name of the CPU level it runs on.
+        symbol: C name of its ``const hsa_kernel``.
+    """
+
+    directory: Path
+    problem: Problem
+    pass_name: str
+    target: str
+    symbol: str
+
+    @property
+    def library(self) -> Path:
+        """Shared library with the kernel and ``hsa_execute``, for a process that loads it."""
+        return self.directory / "kernel.so"
+
+    @property
+    def objects(self) -> list[Path]:
+        """Relocatable objects of the kernel alone, to link into another library."""
+        return [self.directory / "program.o", self.directory / "glue.o"]
+
+
+def cache_directory() -> Path:
+    """``$HSA_COMPILE_CACHE``, or the user's cache directory."""
+    override = os.environ.get("HSA_COMPILE_CACHE")
+    return Path(override) if override else Path(platformdirs.user_cache_dir("hsa-compile"))
+
+
+def c_compiler() -> str:
+    """The C compiler: ``$CC``, or cc, gcc or clang on the path.
+
+    Raises:
+        BuildError: there is none.
+    """
+    for name in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
+        found = shutil.which(name)
+        if found:
+            return found
+    raise BuildError("no C compiler found; install one (Debian: apt install gcc) or point the CC variable at it")
+
+
+def compiler_version() -> str | None:
+    """Version of Apache TVM, or None where it is not installed."""
+    try:
+        return importlib.metadata.version("apache-tvm")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _sources_digest() -> str:
+    """Hash of all that turns a problem into code, so that a changed program is never served from the cache."""
+    import hsa_compile.ir
+    import hsa_compile.schedules
+
+    digest = hashlib.sha256()
+    for package in (hsa_compile.ir, hsa_compile.schedules):
+        root = Path(str(package.__file__)).parent
+        for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".c", ".h")):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _request(problem: Problem, pass_name: str, target: CpuTarget) -> dict[str, object]:
+    return {
+        "problem": problem.to_dict(),
+        "pass": pass_name,
+        "target": target.name,
+        "tile": dataclasses.asdict(tile_for(problem, target)),
+        "sources": _sources_digest(),
+        "versions": {"hsa-compile": hsa_compile.__version__, "apache-tvm": compiler_version()},
+    }
+
+
+def build(problem: Problem, pass_name: str = "forward", target: str = "cpu:native") -> Artifact:
+    """Returns the kernel of a problem's pass, from the cache or newly built (a few seconds).
+
+    Safe to call from several threads and processes: the first builds, the others wait.
+
+    Raises:
+        BuildError: dtype not compiled for CPUs, no TVM, no C compiler, a cache directory that can't be written,
+            or a failed compilation.
+    """
+    if pass_name not in PASSES:
+        raise ValueError(f"pass must be one of {PASSES}, got {pass_name!r}")
+    if problem.dtype != "float32":
+        raise BuildError(f"CPU kernels are float32; {problem.dtype} runs on the eager path")
+    request = _request(problem, pass_name, resolve(target))
+    key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24]
+    directory = cache_directory() / "kernels" / key
+    artifact = _load(directory)
+    if artifact:
+        return artifact
+    if compiler_version() is None:
+        raise BuildError("Apache TVM is not installed; install it with: pip install 'hsa-compile[compile]'")
+    c_compiler()
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(directory.with_suffix(".lock")):
+            return _load(directory) or _build_into(directory, request)
+    except OSError as error:
+        raise BuildError(
+            f"cannot write to the kernel cache {directory.parent}: {error}; "
+            "make it writable or set HSA_COMPILE_CACHE to a directory that is"
+        ) from error
+
+
+def _load(directory: Path) -> Artifact | None:
+    """The artifact in a directory, or None if there is none that is whole."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text())
+        for name, digest in manifest["files"].items():
+            if hashlib.sha256((directory / name).read_bytes()).hexdigest() != digest:
+                raise ValueError(f"{name} has changed since it was built")
+        request = manifest["request"]
+        problem = problem_from_dict(request["problem"])
+        return Artifact(directory, problem, request["pass"], request["target"], manifest["symbol"])
+    except FileNotFoundError:
+        if directory.exists():
+            log.warning("cached kernel %s is incomplete; building it anew", directory.name)
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        log.warning("cached kernel %s is damaged (%s); building it anew", directory.name, error)
+        return None
+
+
+def _build_into(directory: Path, request: dict[str, object]) -> Artifact:
+    problem, pass_name = request["problem"], request["pass"]
+    log.info("building %s %s", problem["op"], pass_name)  # type: ignore[index]
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=directory.name + ".") as temporary:
+        building = Path(temporary) / "kernel"
+        building.mkdir()
+        symbol = _run_worker(request, building)
+        files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(building.iterdir())}
+        manifest = {"request": request, "symbol": symbol, "files": files}
+        (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(building, directory)
+    artifact = _load(directory)
+    if artifact is None:
+        raise BuildError(f"the kernel built in {directory} does not verify; is the disk full?")
+    return artifact
+
+
+def _run_worker(request: dict[str, object], directory: Path) -> str:
+    """Runs the compiler in a process of its own: two TVMs (TileLang brings one) can't share one, nor should a crash."""
+    command = [sys.executable, "-m", "hsa_compile.schedules.worker", str(directory)]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, timeout=WORKER_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"compiling {request['problem']} took over {WORKER_SECONDS} s and was stopped") from None
+    if done.returncode != 0:
+        raise BuildError(f"compiling {request['problem']} ({request['pass']}) failed:\n{done.stderr.strip()[-2000:]}")
+    return done.stdout.strip().splitlines()[-1]

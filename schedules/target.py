@@ -1,0 +1,86 @@
+"""What kernels are compiled for."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class TargetError(ValueError):
+    """The target's name is unknown, or this machine cannot run it."""
+
+
+@dataclass(frozen=True)
+class CpuTarget:
+    """A CPU level: one build runs on every machine that has its features.
+
+    Args:
+        name: as written in manifests and on the command line, ``cpu:<level>``.
+        mcpu: the level's name in LLVM.
+        machine: ``platform.machine()`` of its instruction set.
+        features: flags of ``/proc/cpuinfo`` that a machine must have.
+        lanes: float32 lanes of a vector register.
+        registers: vector registers.
+    """
+
+    name: str
+    mcpu: str
+    machine: str
+    features: frozenset[str]
+    lanes: int
+    registers: int
+
+
+_V2 = frozenset({"ssse3", "sse4_1", "sse4_2", "popcnt", "cx16"})
+_V3 = _V2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+# Best first.
+CPU_TARGETS = (
+    CpuTarget("cpu:x86-64-v4", "x86-64-v4", "x86_64", _V4, lanes=16, registers=32),
+    CpuTarget("cpu:x86-64-v3", "x86-64-v3", "x86_64", _V3, lanes=8, registers=16),
+    CpuTarget("cpu:x86-64-v2", "x86-64-v2", "x86_64", _V2, lanes=4, registers=16),
+    CpuTarget("cpu:aarch64", "generic", "aarch64", frozenset({"asimd"}), lanes=4, registers=32),
+)
+
+
+@functools.cache
+def machine_features() -> frozenset[str]:
+    """Flags that the kernel reports for this machine's CPU; empty where there is no ``/proc/cpuinfo``."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(
+        flag for line in lines if line.lower().startswith(("flags", "features")) for flag in line.split(":", 1)[1].split()
+    )
+
+
+def missing_features(target: CpuTarget) -> list[str]:
+    """What this machine lacks to run the target; empty if it can."""
+    if platform.machine() != target.machine:
+        return [f"a {target.machine} CPU (this is {platform.machine()})"]
+    return sorted(target.features - machine_features())
+
+
+def resolve(name: str) -> CpuTarget:
+    """The target of that name; ``cpu:native`` is the best that this machine can run.
+
+    Raises:
+        TargetError: unknown name, or nothing fits this machine.
+    """
+    if name == "cpu:native":
+        for target in CPU_TARGETS:
+            if not missing_features(target):
+                return target
+        raise TargetError(f"no CPU target fits this machine ({platform.machine()}); known: {_names()}")
+    for target in CPU_TARGETS:
+        if target.name == name:
+            return target
+    raise TargetError(f"unknown target {name!r}; known: cpu:native, {_names()}")
+
+
+def _names() -> str:
+    return ", ".join(target.name for target in CPU_TARGETS)

@@ -1,0 +1,79 @@
+"""The compiler's process: ``python -m hsa_compile.schedules.worker DIRECTORY`` with a build request on its input.
+
+Writes program.o (LLVM), glue.c and glue.o (the C interface) and kernel.so there; prints the kernel's C symbol.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from hsa_compile.ir import Problem, problem_from_dict
+from hsa_compile.ir.programs import CpuTile, Program
+from hsa_compile.schedules.build import c_compiler
+from hsa_compile.schedules.glue import glue_source
+from hsa_compile.schedules.target import CpuTarget, resolve
+
+HOST = Path(__file__).parent / "host"
+# The code is C functions over raw pointers: no packed calls and no device code, so of TVM's pipeline only what lowers
+# loops, vectors and intrinsics is needed. Index types stay 64-bit as written: offsets pass 2^31.
+PASSES = [
+    tirx.transform.StmtSimplify(),
+    tirx.transform.FlattenBuffer(),
+    tirx.transform.VectorizeLoop(),
+    tirx.transform.UnrollLoop(),
+    tirx.transform.StmtSimplify(),
+    tirx.transform.CommonSubexprElim(),
+    tirx.transform.LowerIntrin(),
+]
+
+
+def program_for(problem: Problem, pass_name: str, tile: CpuTile) -> Program:
+    """The CPU program of an operator's pass."""
+    module = {
+        ("chunk_attention", "forward"): "cpu_attention",
+        ("chunk_attention", "backward"): "cpu_attention_backward",
+        ("chunk_select", "forward"): "cpu_select",
+        ("chunk_select", "backward"): "cpu_select_backward",
+    }[problem.op, pass_name]
+    return importlib.import_module(f"hsa_compile.ir.programs.{module}").program(problem, tile)
+
+
+def lower(program: Program, prefix: str, target: CpuTarget) -> Any:
+    """The program's functions, named ``<prefix>_<symbol>``, as an LLVM module."""
+    functions = {
+        f"{prefix}_{stage.symbol}": stage.function.with_attr("global_symbol", f"{prefix}_{stage.symbol}")
+        for stage in program.stages
+    }
+    llvm = tvm.target.Target({"kind": "llvm", "mcpu": target.mcpu, "mtriple": f"{target.machine}-linux-gnu"})
+    module = tirx.transform.BindTarget(llvm)(tvm.IRModule(functions))
+    module = tvm.ir.transform.Sequential(PASSES)(module)
+    return tvm.get_global_func("target.build.llvm")(module, llvm)
+
+
+def main(directory: Path, request: dict[str, Any]) -> str:
+    problem = problem_from_dict(request["problem"])
+    program = program_for(problem, request["pass"], CpuTile(**request["tile"]))
+    prefix = f"hsa_{problem.digest}_{request['pass']}"
+    lower(program, prefix, resolve(request["target"])).write_to_file(str(directory / "program.o"), "o")
+    symbol, source = glue_source(program, problem, request["pass"], prefix)
+    (directory / "glue.c").write_text(source)
+    compile_c = [c_compiler(), "-O2", "-fPIC", "-std=c11", f"-I{HOST}"]
+    commands = [
+        [*compile_c, "-c", "glue.c", "-o", "glue.o"],
+        [*compile_c, "-shared", "program.o", "glue.o", str(HOST / "execute.c"), "-o", "kernel.so", "-lm"],
+    ]
+    for command in commands:
+        subprocess.run(command, cwd=directory, check=True)
+    return symbol
+
+
+if __name__ == "__main__":
+    print(main(Path(sys.argv[1]), json.load(sys.stdin)))
