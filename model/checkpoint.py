@@ -1,0 +1,120 @@
+"""Checkpoints: a directory with ``model.safetensors`` and ``config.json``, nothing that runs code when read."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from hsa_compile.model.config import ConfigError, ModelConfig
+from hsa_compile.model.model import HsaModel
+
+FORMAT = "hsa-compile checkpoint"
+VERSION = 1
+WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, foreign or damaged; the message says which file and what to do."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets ``write`` fill a temporary file beside ``path`` and then renames it: readers see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(Path(name))
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_checkpoint(model: HsaModel, directory: str | Path, training: dict[str, Any] | None = None) -> Path:
+    """Writes the model to ``directory`` and returns it.
+
+    Args:
+        model: its weights are saved as they are, in their dtype.
+        directory: made if missing; a checkpoint in it is replaced.
+        training: JSON data kept beside the model's config: how it was trained.
+    """
+    directory = Path(directory)
+    weights = {name: x.detach().contiguous().cpu() for name, x in model.state_dict().items()}
+    if model.config.tie_embeddings:
+        del weights["head.weight"]
+    about = {"format": FORMAT, "version": VERSION, "model": model.config.to_dict(), "training": training or {}}
+    write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    write_atomically(directory / CONFIG_NAME, lambda path: _write_text(path, json.dumps(about, indent=2) + "\n"))
+    return directory
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def read_config(directory: str | Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's config and the training notes of a checkpoint.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is not one of ours, or its config cannot be read.
+    """
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint in {directory}: {CONFIG_NAME} is missing; train one or give another path")
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); train again or restore it from a copy") from None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise CheckpointError(f'{path} is not an {FORMAT}: its "format" field does not say so')
+    if about.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint version {about.get('version')!r}, this program reads {VERSION}; "
+            "use the version of hsa-compile that wrote it"
+        )
+    try:
+        return ModelConfig.from_dict(about.get("model")), about.get("training") or {}  # type: ignore[arg-type]
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def load_checkpoint(directory: str | Path, device: str | torch.device = "cpu") -> HsaModel:
+    """The model of a checkpoint, in eval mode.
+
+    Raises:
+        CheckpointError: a file is missing, foreign, damaged, or does not fit the config.
+    """
+    config, _ = read_config(directory)
+    path = Path(directory) / WEIGHTS_NAME
+    if not path.is_file():
+        raise CheckpointError(f"the checkpoint in {directory} has no {WEIGHTS_NAME}; its writing was not finished")
+    try:
+        weights = load_file(path, device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); train again or restore it from a copy") from None
+    with torch.device(device):
+        model = HsaModel(config)
+    if config.tie_embeddings and "embedding.weight" in weights:
+        weights["head.weight"] = weights["embedding.weight"]
+    _check_weights(path, model.state_dict(), weights)
+    model.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+    return model.eval()
+
+
+def _check_weights(path: Path, want: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> None:
+    if missing := sorted(set(want) - set(got)):
+        raise CheckpointError(f"{path} lacks {missing[0]} (of {len(missing)} missing): it is not this config's model")
+    if extra := sorted(set(got) - set(want)):
+        raise CheckpointError(f"{path} has unknown {extra[0]} (of {len(extra)}): it is not this config's model")
+    for name, x in want.items():
+        if x.shape != got[name].shape:
+            raise CheckpointError(f"{path}: {name} is {list(got[name].shape)}, the config says {list(x.shape)}")

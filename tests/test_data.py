@@ -1,0 +1,126 @@
+"""Text and retrieval samples."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from hsa_compile.model.data import (
+    DataError,
+    load_text,
+    question,
+    retrieval_sample,
+    split_text,
+    stack,
+    text_sample,
+)
+
+TEXT = bytes(range(65, 91)) * 400
+
+
+def test_default_text_is_a_book() -> None:
+    text = load_text()
+    text.decode()
+    assert len(text) > 3_000_000
+    assert text.startswith(b"In the beginning")
+
+
+def test_default_text_without_the_book(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert len(load_text()) > 100_000
+
+
+def test_files_and_directories(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes(b"b" * 5000)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.md").write_bytes(b"a" * 5000)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0")
+    assert load_text(tmp_path / "b.txt") == b"b" * 5000
+    assert load_text(tmp_path) == b"b" * 5000 + b"\n" + b"a" * 5000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "has 0 bytes"), (b"short", "has 5 bytes of text, training needs"), (b"\xff" * 9000, "not UTF-8"),
+     (b"a\0" * 9000, "zero bytes")],
+)  # fmt: skip
+def test_unusable_files(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "data.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_text(path)
+
+
+def test_missing_and_empty_places(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or directory"):
+        load_text(tmp_path / "nothing.txt")
+    with pytest.raises(DataError, match="no text files in"):
+        load_text(tmp_path)
+
+
+def test_split_leaves_the_end_out() -> None:
+    train, held_out = split_text(TEXT)
+    assert train + held_out == TEXT
+    assert len(held_out) == pytest.approx(0.05 * len(TEXT), abs=1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_retrieval_sample_asks_only_for_what_came_before(seed: int) -> None:
+    sample = retrieval_sample(random.Random(seed), TEXT, 300, pairs=6, queries=8, answer_weight=4.0)
+    again = retrieval_sample(random.Random(seed), TEXT, 300, pairs=6, queries=8, answer_weight=4.0)
+    assert sample == again
+    assert len(sample.ids) == 301
+    assert len(sample.weights) == 300
+    ids, known, asked = bytes(sample.ids), {}, 0
+    weights = [1.0, *sample.weights]
+    for match in re.finditer(rb"\{(\w\w):(\d{4})\}|\?(\w\w):(\d{4})", ids):
+        key, value, query, answer = match.groups()
+        span = weights[match.start() : match.end()]
+        if key:
+            known[key] = value
+            assert all(weight == 0 for weight in span[1:])
+        else:
+            asked += 1
+            assert known[query] == answer
+            assert span[-4:] == [4.0] * 4
+            assert not any(span[1:4])
+    assert len(known) == 6
+    assert asked == 8
+
+
+def test_short_texts_are_repeated() -> None:
+    sample = text_sample(random.Random(0), b"abcd" * 10, 100)
+    assert bytes(sample.ids[:48]) in b"abcd" * 100
+    ids, targets, weights = stack([sample, sample])
+    assert ids.shape == targets.shape == weights.shape == (2, 100)
+    assert torch.equal(ids[:, 1:], targets[:, :-1])
+
+
+def test_question_has_one_answer_at_uniform_places() -> None:
+    places = []
+    for seed in range(200):
+        prompt, value = question(random.Random(seed), TEXT, 1000, distractors=5)
+        assert len(prompt) == 1000
+        pairs = dict(re.findall(rb"\{(\w\w):(\d{4})\}", prompt))
+        assert len(pairs) == 6
+        key = prompt[-3:-1]
+        assert prompt[-4:] == b"?" + key + b":"
+        assert pairs[key] == value
+        places.append(prompt.index(b"{" + key))
+    quarters = [sum(1 for place in places if 250 * i <= place < 250 * (i + 1)) for i in range(4)]
+    assert min(quarters) > 25
+
+
+def test_samples_that_cannot_fit() -> None:
+    rng = random.Random(0)
+    with pytest.raises(DataError, match="do not fit into 50"):
+        retrieval_sample(rng, TEXT, 50, pairs=6, queries=1, answer_weight=1.0)
+    with pytest.raises(DataError, match="do not fit into 20 bytes"):
+        question(rng, TEXT, 20, distractors=3)
+    with pytest.raises(DataError, match="only 676 keys"):
+        question(rng, TEXT, 20_000, distractors=700)
