@@ -1,0 +1,178 @@
+"""The bundle: a folder with an exported model, its operator library and ``bundle.json``, which says what they are.
+
+    model.onnx        the graph with the operators' function bodies; over 2 GB, weights lie in model.onnx.data
+    libhsa_ops.so     the operators as compiled kernels for one kind of CPU (optional)
+    bundle.json       format, model config, tokenizer, state, target, versions, and the SHA-256 of every file
+
+This module needs only the standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = "hsa-compile bundle"
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+GRAPH = "model.onnx"
+LIBRARY = "libhsa_ops.so"
+
+# What compilers vectorize with; other flags (virtualization, mitigations) do not matter to compiled code.
+_INSTRUCTION_SETS = ("sse4", "ssse3", "avx", "fma", "f16c", "bmi", "amx", "asimd", "sve", "bf16", "i8mm", "fphp")
+
+
+class BundleError(RuntimeError):
+    """A bundle is missing, damaged, foreign or not for this machine; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One state tensor: ``past.<name>`` going in, ``present.<name>`` coming out; named dimensions vary."""
+
+    name: str
+    dtype: str
+    shape: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine that the operator library runs on."""
+
+    system: str
+    machine: str
+    features: tuple[str, ...] = ()
+
+    @classmethod
+    def here(cls) -> Target:
+        """This machine, with the instruction sets that it reports."""
+        return cls(platform.system(), platform.machine(), tuple(sorted(cpu_features())))
+
+    def check(self) -> None:
+        """Raises BundleError where the library would not load or crash."""
+        here = Target.here()
+        advice = "Export the bundle on a machine like this one, or open it with fused=False."
+        if (self.system, self.machine) != (here.system, here.machine):
+            raise BundleError(
+                f"the operator library is for {self.system} {self.machine}, "
+                f"this is {here.system} {here.machine}. {advice}"
+            )
+        if missing := sorted(set(self.features) - set(here.features)):
+            raise BundleError(f"the operator library needs the CPU features {', '.join(missing)}. {advice}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``bundle.json`` holds."""
+
+    model: dict[str, Any]
+    tokenizer: dict[str, Any]
+    state: tuple[TensorSpec, ...]
+    target: Target | None
+    versions: dict[str, str]
+    files: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Inverse of ``to_json``.
+
+        Raises:
+            BundleError: this is not a bundle's description, or one of another format version.
+        """
+        data = _parsed(text)
+        target = data["target"]
+        try:
+            return cls(
+                model=dict(data["model"]),
+                tokenizer=dict(data["tokenizer"]),
+                state=tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data["state"]),
+                target=Target(target["system"], target["machine"], tuple(target["features"])) if target else None,
+                versions=dict(data["versions"]),
+                files=dict(data["files"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise BundleError(f"{MANIFEST} is damaged ({error!r}); export the bundle again") from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BundleError(f"{MANIFEST} is not JSON ({error}); export the bundle again") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise BundleError(f'{MANIFEST} does not describe an hsa-compile bundle (no "format": "{FORMAT}")')
+    if data.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"the bundle has format version {data.get('format_version')!r}, this hsa-compile reads {FORMAT_VERSION}; "
+            "export it again or install the version that made it"
+        )
+    return data | {"target": data.get("target")}
+
+
+def write_manifest(directory: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Writes ``bundle.json`` with the hashes of the named files of the folder."""
+    files = {name: file_digest(directory / name) for name in sorted(names)}
+    (directory / MANIFEST).write_text(Manifest(**(vars(manifest) | {"files": files})).to_json())
+
+
+def read_manifest(directory: Path, needed: Iterable[str]) -> Manifest:
+    """Reads ``bundle.json`` and checks that the needed files are there and are those that were exported.
+
+    Args:
+        directory: the bundle.
+        needed: names of files that the bundle must have; whatever it lists is checked.
+
+    Raises:
+        BundleError: the folder is not a bundle, or a file is missing or was changed.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}. Make one with `hsa-compile export`.")
+    manifest = Manifest.from_json(path.read_text())
+    for name in needed:
+        if name not in manifest.files:
+            raise BundleError(f"{directory} has no {name}; {_without(name)}")
+    for name, digest in manifest.files.items():
+        if os.path.basename(name) != name:
+            raise BundleError(f"{MANIFEST} lists {name!r}, which is not a plain file name; do not use this bundle")
+        if not (directory / name).is_file():
+            raise BundleError(f"{directory} lacks {name}; copy the bundle again or export it again")
+        if file_digest(directory / name) != digest:
+            raise BundleError(
+                f"{directory / name} is not the file that was exported (its SHA-256 differs); copy it again"
+            )
+    return manifest
+
+
+def _without(name: str) -> str:
+    if name == LIBRARY:
+        return "open it with fused=False, or export it with compiled kernels"
+    return "export the bundle again"
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cpu_features() -> set[str]:
+    """The instruction sets this CPU reports, by the kernel's names; empty where the system does not say (not Linux)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    for line in text.splitlines():
+        name, _, flags = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return {flag for flag in flags.split() if flag.startswith(_INSTRUCTION_SETS)}
+    return set()

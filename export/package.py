@@ -1,0 +1,99 @@
+"""Packs a model, and the kernels compiled for it, into a bundle that ``session.Session`` runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from hsa_compile.export.bundle import GRAPH, LIBRARY, MANIFEST, BundleError, Manifest, Target, write_manifest
+from hsa_compile.export.graph import EXTERNAL_DATA_ABOVE, export_graph, state_specs
+from hsa_compile.export.library import KernelObjects, LibraryError, build_library
+from hsa_compile.ir import ChunkAttention, ChunkSelect
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.model import HsaModel
+
+BYTES_TOKENIZER = {"kind": "bytes"}
+
+
+def kernel_problems(config: ModelConfig) -> tuple[ChunkSelect, ChunkAttention]:
+    """The two problems that the model's operators pose at inference: what kernels a bundle of it needs."""
+    c = config
+    window = c.window if c.leave_window else 0
+    return (
+        ChunkSelect(c.hsa_kv_heads, c.retrieval_heads, c.retrieval_dim, c.chunk_size, c.top_k, window),
+        ChunkAttention(c.hsa_heads, c.hsa_kv_heads, c.hsa_head_dim, c.chunk_size, c.top_k, c.off_by_one),
+    )
+
+
+def export_bundle(
+    model: HsaModel,
+    directory: Path,
+    kernels: Sequence[KernelObjects] = (),
+    tokenizer: dict[str, Any] | None = None,
+    target: Target | None = None,
+    external_data_above: int = EXTERNAL_DATA_ABOVE,
+) -> Path:
+    """Writes a bundle: graph, operator library and description. It appears whole or not at all.
+
+    Args:
+        model: in float32, on the CPU.
+        directory: the bundle; an existing bundle there is replaced, anything else is refused.
+        kernels: compiled kernels of ``kernel_problems(model.config)``; without any, the bundle has no library and runs
+            by the operators' function bodies alone.
+        tokenizer: plain data that says how text becomes ids; bytes by default.
+        target: the machine that the kernels were compiled for; this one by default.
+        external_data_above: see ``graph.export_graph``.
+
+    Returns:
+        ``directory``.
+
+    Raises:
+        BundleError: ``directory`` exists and is not a bundle.
+        LibraryError: a kernel is missing for this model, or the library cannot be built.
+        ValueError: the model is not float32 on the CPU.
+    """
+    directory = Path(directory)
+    if directory.exists() and not (directory / MANIFEST).is_file():
+        raise BundleError(f"{directory} exists and is not a bundle; choose another place or remove it")
+    _check_kernels(model.config, kernels)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest(
+        model=json.loads(json.dumps(model.config.to_dict())),
+        tokenizer=tokenizer or BYTES_TOKENIZER,
+        state=state_specs(model.config),
+        target=(target or Target.here()) if kernels else None,
+        versions={name: version(name) for name in ("hsa-compile", "torch", "onnx", "onnxruntime")},
+    )
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
+        made = Path(scratch) / "bundle"
+        made.mkdir()
+        export_graph(model, made / GRAPH, external_data_above)
+        if kernels:
+            build_library(kernels, made / LIBRARY)
+        write_manifest(made, manifest, [path.name for path in made.iterdir()])
+        _replace(made, directory, Path(scratch))
+    return directory
+
+
+def _check_kernels(config: ModelConfig, kernels: Sequence[KernelObjects]) -> None:
+    have = {kernel.problem for kernel in kernels}
+    if missing := [problem for problem in kernel_problems(config) if kernels and problem not in have]:
+        raise LibraryError(f"kernels given, but none for {', '.join(map(str, missing))}; see kernel_problems")
+
+
+def _replace(made: Path, directory: Path, scratch: Path) -> None:
+    """Renames the new bundle into place; the old one goes with the scratch folder."""
+    if directory.exists():
+        os.replace(directory, scratch / "old")
+    try:
+        os.replace(made, directory)
+    except OSError:
+        if (scratch / "old").exists():
+            shutil.move(scratch / "old", directory)
+        raise

@@ -1,0 +1,281 @@
+"""A bundle from export to generation: the session against the eager model, by kernels and by function bodies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from export_kit import naive_kernel
+
+from hsa_compile.export import bundle as bundles
+from hsa_compile.export.bundle import BundleError, Manifest, Target
+from hsa_compile.export.library import LibraryError
+from hsa_compile.export.package import export_bundle, kernel_problems
+from hsa_compile.export.sampling import Sampler
+from hsa_compile.export.session import Session
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.model import HsaModel
+
+CONFIG = ModelConfig(
+    vocab_size=50, d_model=32, mlp_dim=48, lower_layers=1, upper_layers=2, n_groups=2, swa_heads=4, swa_kv_heads=2,
+    swa_head_dim=8, window=7, chunk_size=4, hsa_heads=4, hsa_kv_heads=2, hsa_head_dim=8, retrieval_heads=1,
+    retrieval_dim=8, top_k=3, train_top_k=3, off_by_one=True, leave_window=True,
+)  # fmt: skip
+TOLERANCE = 1e-5
+FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "functions"])
+
+
+@pytest.fixture(scope="module")
+def model() -> HsaModel:
+    torch.manual_seed(0)
+    model = HsaModel(CONFIG)
+    for parameter in model.parameters():  # larger than at the start, so that every path shows in the logits
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def bundle(model: HsaModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundle")
+    kernels = [naive_kernel(problem, directory) for problem in kernel_problems(CONFIG)]
+    return export_bundle(model, directory / "tiny", kernels, external_data_above=0)
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle, tmp_path / "copy"))
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (batch, length))
+
+
+def eager_logits(model: HsaModel, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    with torch.no_grad():
+        result: np.ndarray[Any, Any] = model(torch.from_numpy(ids)).numpy()
+    return result
+
+
+@FUSED
+@pytest.mark.parametrize(
+    ("batch", "parts"), [(1, [61]), (2, [61]), (1, [1] * 14), (3, [4, 8, 49]), (1, [1, 1, 3, 20, 2, 1, 32, 1])], ids=str
+)
+def test_any_split_gives_the_logits_of_one_pass(
+    model: HsaModel, bundle: Path, batch: int, parts: list[int], fused: bool
+) -> None:
+    ids = tokens(batch, sum(parts))
+    session = Session(bundle, fused=fused, threads=2, reserve=0)
+    session.reset(batch)
+    ends = np.cumsum(parts)
+    logits = [session.step(ids[:, end - part : end]) for part, end in zip(parts, ends)]
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), eager_logits(model, ids), atol=TOLERANCE, rtol=1e-5)
+    assert session.position == sum(parts)
+
+
+@FUSED
+def test_prefill_by_segments(model: HsaModel, bundle: Path, fused: bool) -> None:
+    ids = tokens(1, 45)
+    expected = eager_logits(model, ids)[:, -1]
+    session = Session(bundle, fused=fused, reserve=0)
+    for segment in (1, 4, 7, 16, 45, None):
+        session.reset()
+        np.testing.assert_allclose(session.prefill(ids, segment), expected, atol=TOLERANCE, rtol=1e-5)
+
+
+@FUSED
+def test_greedy_generation_is_the_models(model: HsaModel, bundle: Path, fused: bool) -> None:
+    prompt = tokens(1, 30, seed=3)
+    state, logits = model.start(), None
+    logits, state = model.step(torch.from_numpy(prompt), state)
+    expected = []
+    for _ in range(25):
+        expected.append(int(logits[0, -1].argmax()))
+        logits, state = model.step(torch.tensor([[expected[-1]]]), state)
+    session = Session(bundle, fused=fused)
+    assert list(session.generate(prompt[0], 25)) == expected
+    session.reset()
+    first = list(session.generate(prompt[0], 10))  # and the text can be continued with what was not read
+    assert first + list(session.generate([first[-1]], 15)) == expected
+
+
+def test_sampling_repeats_by_seed(bundle: Path) -> None:
+    session = Session(bundle)
+    texts = []
+    for seed in (1, 1, 2):
+        session.reset()
+        texts.append(list(session.generate([1, 2, 3], 12, temperature=2.0, top_p=0.9, seed=seed)))
+    assert texts[0] == texts[1] != texts[2]
+    session.reset()
+    stopped = list(session.generate([1, 2, 3], 12, temperature=2.0, top_p=0.9, seed=1, stop_ids=[texts[0][4]]))
+    assert stopped == texts[0][: texts[0].index(texts[0][4])]
+
+
+def test_sampler_keeps_to_top_p() -> None:
+    logits = np.log(np.array([0.1, 0.5, 0.15, 0.25], np.float32))
+    sampler = Sampler(temperature=1.0, top_p=0.7, seed=0)
+    drawn = [sampler(logits) for _ in range(600)]
+    assert set(drawn) == {1, 3}
+    assert abs(drawn.count(1) / 600 - 2 / 3) < 0.06
+    assert Sampler()(logits) == 1
+    for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Sampler(**bad)
+
+
+def test_memory_is_written_in_place_and_grows(model: HsaModel, bundle: Path) -> None:
+    session = Session(bundle, reserve=40)
+    ids = tokens(1, 60)
+    addresses = {name: value.data_ptr() for name, value in session.state.memory.items()}
+    assert all(address % 64 == 0 for address in addresses.values())
+    session.step(ids[:, :11])
+    session.step(ids[:, 11:40])
+    assert {name: value.data_ptr() for name, value in session.state.memory.items()} == addresses
+    landmark = session.state.memory["landmark"].numpy()
+    assert (np.abs(landmark).sum((0, 2, 3)) > 0).all()
+    session.step(ids[:, 40:])
+    assert session.state.capacity == 20
+    np.testing.assert_array_equal(session.state.memory["landmark"].numpy()[:, :10], landmark)
+
+
+def test_a_refused_step_changes_nothing(model: HsaModel, bundle: Path) -> None:
+    ids = tokens(1, 20)
+    session = Session(bundle)
+    session.step(ids[:, :9])
+    for bad, message in (
+        ([50], "0 … 49, found 50"),
+        ([3, -1], "0 … 49, found -1"),
+        ([], "no tokens"),
+        ([0.5], "integers"),
+        ([[1], [2]], "batch=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            session.step(bad)
+        with pytest.raises(ValueError, match=message):
+            session.generate(bad, 3)  # at the call, not at the first token
+    with pytest.raises(ValueError, match="segment"):
+        session.prefill([1], segment=0)
+    np.testing.assert_allclose(session.step(ids[:, 9:]), eager_logits(model, ids)[:, 9:], atol=TOLERANCE, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "libhsa_ops.so"])
+def test_changed_and_missing_files_are_refused(copy: Path, name: str) -> None:
+    data = bytearray((copy / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(BundleError, match=f"{name}.*not the file that was exported"):
+        Session(copy)
+    (copy / name).unlink()
+    with pytest.raises(BundleError, match=f"lacks {name}"):
+        Session(copy)
+
+
+def edit(directory: Path, **changed: Any) -> None:
+    path = directory / "bundle.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"format": "other"}, "does not describe an hsa-compile bundle"),
+        ({"format_version": 99}, "format version 99"),
+        ({"state": None}, "damaged"),
+        ({"files": {"../model.onnx": ""}}, "no model.onnx"),
+        ({"target": {"system": "Plan9", "machine": "x86_64", "features": []}}, "for Plan9 x86_64.*fused=False"),
+    ],
+)
+def test_foreign_descriptions_are_refused(copy: Path, changed: dict[str, Any], message: str) -> None:
+    edit(copy, **changed)
+    with pytest.raises(BundleError, match=message):
+        Session(copy)
+
+
+def test_files_outside_the_bundle_are_refused(copy: Path) -> None:
+    files = json.loads((copy / "bundle.json").read_text())["files"]
+    edit(copy, files=files | {"../elsewhere": "0"})
+    with pytest.raises(BundleError, match="not a plain file name"):
+        Session(copy)
+
+
+def test_folder_that_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"no bundle\.json"):
+        Session(tmp_path)
+    (tmp_path / "bundle.json").write_text("{")
+    with pytest.raises(BundleError, match="not JSON"):
+        Session(tmp_path)
+
+
+def test_missing_cpu_features_are_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target.here()
+    needs = {"system": target.system, "machine": target.machine, "features": [*target.features, "avx2048"]}
+    edit(copy, target=needs)
+    with pytest.raises(BundleError, match="CPU features avx2048"):
+        Session(copy)
+    assert Session(copy, fused=False).step([1]).shape == (1, 1, 50)
+    monkeypatch.setattr(bundles, "cpu_features", lambda: {*target.features, "avx2048"})
+    Session(copy)
+
+
+def test_bundle_without_library_runs_by_its_functions(copy: Path) -> None:
+    files = json.loads((copy / "bundle.json").read_text())["files"]
+    files.pop("libhsa_ops.so")
+    edit(copy, files=files, target=None)
+    (copy / "libhsa_ops.so").unlink()
+    with pytest.raises(BundleError, match=r"no libhsa_ops.so; open it with fused=False"):
+        Session(copy)
+    assert Session(copy, fused=False).step([1]).shape == (1, 1, 50)
+
+
+def test_graph_is_clean(bundle: Path) -> None:
+    proto = onnx.load(bundle / "model.onnx", load_external_data=False)
+    assert {f.name for f in proto.functions} == {"ChunkSelect", "ChunkAttention"}
+    assert {o.domain: o.version for o in proto.opset_import} == {"": 24, "hsa": 1}
+    assert not any("Einsum" in node.op_type for f in proto.functions for node in f.node)
+    text = (bundle / "model.onnx").read_bytes()
+    for trace in (b".py", b"/home", b"site-packages", str(Path.cwd()).encode()):
+        assert trace not in text
+    names = [i.name for i in proto.graph.input]
+    state = Manifest.from_json((bundle / "bundle.json").read_text()).state
+    assert names == ["input_ids", "logits_at", *(f"past.{s.name}" for s in state)]
+    assert [o.name for o in proto.graph.output] == ["logits", *(f"present.{s.name}" for s in state)]
+
+
+def test_export_refuses_what_it_cannot_do(model: HsaModel, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(BundleError, match="not a bundle"):
+        export_bundle(model, tmp_path)
+    with pytest.raises(LibraryError, match="none for ChunkAttention"):
+        export_bundle(model, tmp_path / "b", [naive_kernel(kernel_problems(CONFIG)[0], tmp_path)])
+    with pytest.raises(ValueError, match="float32"):
+        export_bundle(HsaModel(CONFIG).half(), tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+RUN_BARE = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "tvm", "onnx", "onnxscript", "tilelang", "triton"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+from hsa_compile.export.session import Session
+session = Session(sys.argv[1], fused=sys.argv[2] == "True")
+print(list(session.generate([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 8)))
+"""
+
+
+def test_runs_with_numpy_and_onnxruntime_alone(bundle: Path) -> None:
+    printed = []
+    for fused in ("True", "False"):
+        command = [sys.executable, "-c", RUN_BARE, str(bundle), fused]
+        printed.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert printed[0] == printed[1] == f"{list(Session(bundle).generate(range(1, 11), 8))}\n"
