@@ -24,9 +24,6 @@ MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
 LIBRARY = "libhsa_ops.so"
 
-# What compilers vectorize with; other flags (virtualization, mitigations) do not matter to compiled code.
-_INSTRUCTION_SETS = ("sse4", "ssse3", "avx", "fma", "f16c", "bmi", "amx", "asimd", "sve", "bf16", "i8mm", "fphp")
-
 
 class BundleError(RuntimeError):
     """A bundle is missing, damaged, foreign or not for this machine; the message says what to do."""
@@ -47,23 +44,17 @@ class Target:
 
     system: str
     machine: str
-    features: tuple[str, ...] = ()
-
-    @classmethod
-    def here(cls) -> Target:
-        """This machine, with the instruction sets that it reports."""
-        return cls(platform.system(), platform.machine(), tuple(sorted(cpu_features())))
+    features: tuple[str, ...]
 
     def check(self) -> None:
         """Raises BundleError where the library would not load or crash."""
-        here = Target.here()
+        system, machine = platform.system(), platform.machine()
         advice = "Export the bundle on a machine like this one, or open it with fused=False."
-        if (self.system, self.machine) != (here.system, here.machine):
+        if (self.system, self.machine) != (system, machine):
             raise BundleError(
-                f"the operator library is for {self.system} {self.machine}, "
-                f"this is {here.system} {here.machine}. {advice}"
+                f"the operator library is for {self.system} {self.machine}, this is {system} {machine}. {advice}"
             )
-        if missing := sorted(set(self.features) - set(here.features)):
+        if missing := sorted(set(self.features) - cpu_features()):
             raise BundleError(f"the operator library needs the CPU features {', '.join(missing)}. {advice}")
 
 
@@ -166,7 +157,7 @@ def file_digest(path: Path) -> str:
 
 
 def cpu_features() -> set[str]:
-    """The instruction sets this CPU reports, by the kernel's names; empty where the system does not say (not Linux)."""
+    """What this CPU can do, by the kernel's names; empty where the system does not say (other than Linux)."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -174,5 +165,5 @@ def cpu_features() -> set[str]:
     for line in text.splitlines():
         name, _, flags = line.partition(":")
         if name.strip() in ("flags", "Features"):
-            return {flag for flag in flags.split() if flag.startswith(_INSTRUCTION_SETS)}
+            return set(flags.split())
     return set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,11 +201,13 @@ def _name_dimensions(proto: onnx.ModelProto, config: ModelConfig) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter warns of optional packages that nothing here needs."""
+    """The exporter warns of optional packages that nothing here needs, and of its own use of PyTorch."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logger.setLevel(level)

@@ -21,11 +21,14 @@ _STATICS = {
 _C_FLAGS = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall"]
 _CXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall"]
 # The runtime is linked in, so that the library depends on libc alone.
-_LINK_FLAGS = ["-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--no-undefined,-Bsymbolic", "-pthread", "-lm"]
+_LINK_FLAGS = ["-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--no-undefined", "-pthread", "-lm"]
+# One name is visible: nothing of the linked-in runtime or of the kernels meets those of the process.
+_VISIBLE = "{ global: RegisterCustomOps; local: *; };\n"
 
 
 class KernelObjects(Protocol):
-    """A compiled forward kernel: the object files that hold it and the C symbol of its ``hsa_kernel``."""
+    """A compiled forward kernel, such as ``hsa_compile.schedules.Artifact``: the object files that hold it, the C
+    symbol of its ``hsa_kernel`` and the name of the CPU level that it runs on."""
 
     @property
     def problem(self) -> Problem: ...
@@ -33,6 +36,8 @@ class KernelObjects(Protocol):
     def objects(self) -> Sequence[Path]: ...
     @property
     def symbol(self) -> str: ...
+    @property
+    def target(self) -> str: ...
 
 
 class LibraryError(RuntimeError):
@@ -98,9 +103,20 @@ def _compile(scratch: Path, table: str, objects: Sequence[Path]) -> Path:
     for source in (scratch / "table.c", host / "execute.c"):
         _run([*cc, *_C_FLAGS, *include, "-c", str(source), "-o", str(scratch / f"{source.stem}.o")])
     _run([*cxx, *_CXX_FLAGS, *include, "-c", str(native / "hsa_ops.cc"), "-o", str(scratch / "hsa_ops.o")])
-    built = scratch / "library.so"
+    built, visible = scratch / "library.so", scratch / "visible.map"
+    visible.write_text(_VISIBLE)
     own = [str(scratch / f"{name}.o") for name in ("hsa_ops", "execute", "table")]
-    _run([*cxx, *own, *map(str, dict.fromkeys(objects)), "-o", str(built), *_LINK_FLAGS])
+    _run(
+        [
+            *cxx,
+            *own,
+            *map(str, dict.fromkeys(objects)),
+            "-o",
+            str(built),
+            f"-Wl,--version-script={visible}",
+            *_LINK_FLAGS,
+        ]
+    )
     return built
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from hsa_compile.export.library import KernelObjects, LibraryError, build_librar
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
+from hsa_compile.schedules.target import resolve
 
 BYTES_TOKENIZER = {"kind": "bytes"}
 
@@ -36,7 +38,6 @@ def export_bundle(
     directory: Path,
     kernels: Sequence[KernelObjects] = (),
     tokenizer: dict[str, Any] | None = None,
-    target: Target | None = None,
     external_data_above: int = EXTERNAL_DATA_ABOVE,
 ) -> Path:
     """Writes a bundle: graph, operator library and description. It appears whole or not at all.
@@ -44,10 +45,9 @@ def export_bundle(
     Args:
         model: in float32, on the CPU.
         directory: the bundle; an existing bundle there is replaced, anything else is refused.
-        kernels: compiled kernels of ``kernel_problems(model.config)``; without any, the bundle has no library and runs
-            by the operators' function bodies alone.
+        kernels: ``schedules.build`` of each of ``kernel_problems(model.config)``; without any, the bundle has no library
+            and runs by the operators' function bodies alone.
         tokenizer: plain data that says how text becomes ids; bytes by default.
-        target: the machine that the kernels were compiled for; this one by default.
         external_data_above: see ``graph.export_graph``.
 
     Returns:
@@ -67,7 +67,7 @@ def export_bundle(
         model=json.loads(json.dumps(model.config.to_dict())),
         tokenizer=tokenizer or BYTES_TOKENIZER,
         state=state_specs(model.config),
-        target=(target or Target.here()) if kernels else None,
+        target=_target(kernels),
         versions={name: version(name) for name in ("hsa-compile", "torch", "onnx", "onnxruntime")},
     )
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
@@ -85,6 +85,15 @@ def _check_kernels(config: ModelConfig, kernels: Sequence[KernelObjects]) -> Non
     have = {kernel.problem for kernel in kernels}
     if missing := [problem for problem in kernel_problems(config) if kernels and problem not in have]:
         raise LibraryError(f"kernels given, but none for {', '.join(map(str, missing))}; see kernel_problems")
+
+
+def _target(kernels: Sequence[KernelObjects]) -> Target | None:
+    """What a machine needs to run all of the kernels."""
+    levels = [resolve(kernel.target) for kernel in kernels]
+    if len({level.machine for level in levels}) > 1:
+        raise LibraryError(f"kernels for different machines: {', '.join(sorted({k.target for k in kernels}))}")
+    features = frozenset().union(*(level.features for level in levels))
+    return Target(platform.system(), levels[0].machine, tuple(sorted(features))) if levels else None
 
 
 def _replace(made: Path, directory: Path, scratch: Path) -> None:

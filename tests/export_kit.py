@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from hsa_compile.export import functions, schema
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
+from hsa_compile.schedules import resolve
 
 _COMMON = r"""
 #include <math.h>
@@ -97,6 +98,7 @@ class NaiveKernel:
     problem: Problem
     objects: list[Path]
     symbol: str
+    target: str = resolve("cpu:native").name
 
 
 def naive_kernel(p: Problem, directory: Path) -> NaiveKernel:

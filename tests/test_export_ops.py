@@ -12,8 +12,10 @@ import torch
 from export_kit import NaiveKernel, attention_inputs, naive_kernel, problem_session, select_inputs
 
 import hsa_compile.ops  # noqa: F401  (registers torch.ops.hsa)
+from hsa_compile.dispatch import use_backend
 from hsa_compile.export.library import LibraryError, build_library, kernel_table
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
+from hsa_compile.schedules import build
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -47,15 +49,16 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def eager_select(problem: ChunkSelect, x: Arrays) -> list[np.ndarray[Any, Any]]:
     tensors = [torch.from_numpy(value) for value in x.values()]
-    out = torch.ops.hsa.chunk_select(*tensors, problem.kv_heads, problem.chunk_size, problem.top_k, problem.window)
+    with use_backend("eager"):
+        out = torch.ops.hsa.chunk_select(*tensors, problem.kv_heads, problem.chunk_size, problem.top_k, problem.window)
     return [t.numpy() for t in out]
 
 
 def eager_attention(problem: ChunkAttention, x: Arrays) -> np.ndarray[Any, Any]:
     tensors = [torch.from_numpy(value) for value in x.values()]
-    result: np.ndarray[Any, Any] = torch.ops.hsa.chunk_attention(
-        *tensors, problem.chunk_size, problem.off_by_one
-    ).numpy()
+    with use_backend("eager"):
+        o = torch.ops.hsa.chunk_attention(*tensors, problem.chunk_size, problem.off_by_one)
+    result: np.ndarray[Any, Any] = o.numpy()
     return result
 
 
@@ -79,6 +82,19 @@ def test_attention_agrees(problem: ChunkAttention, fused: bool, library: Path) -
         x = attention_inputs(problem, B, L, C, seed)
         (o,) = session.run(None, x)
         np.testing.assert_allclose(o, eager_attention(problem, x), atol=TOLERANCE * problem.top_k, rtol=1e-5)
+
+
+@pytest.mark.needs_compiler
+def test_compiled_kernels_agree(tmp_path: Path) -> None:
+    select, attention = SELECTS[2], ATTENTIONS[2]
+    library = build_library([build(select), build(attention)], tmp_path / "libhsa_ops.so")
+    for seed, (B, L, C) in enumerate([*SHAPES, (2, 150, 40)]):
+        x = select_inputs(select, B, L, C, seed)
+        for got, expected in zip(problem_session(select, library).run(None, x), eager_select(select, x)):
+            np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=0)
+        x = attention_inputs(attention, B, L, C, seed)
+        (o,) = problem_session(attention, library).run(None, x)
+        np.testing.assert_allclose(o, eager_attention(attention, x), atol=TOLERANCE * attention.top_k, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "function"])

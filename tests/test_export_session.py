@@ -15,17 +15,19 @@ import pytest
 import torch
 from export_kit import naive_kernel
 
+from hsa_compile.dispatch import use_backend
 from hsa_compile.export import bundle as bundles
-from hsa_compile.export.bundle import BundleError, Manifest, Target
-from hsa_compile.export.library import LibraryError
+from hsa_compile.export.bundle import BundleError, Manifest
+from hsa_compile.export.library import LibraryError, build_library
 from hsa_compile.export.package import export_bundle, kernel_problems
 from hsa_compile.export.sampling import Sampler
 from hsa_compile.export.session import Session
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
+from hsa_compile.schedules import build
 
 CONFIG = ModelConfig(
-    vocab_size=50, d_model=32, mlp_dim=48, lower_layers=1, upper_layers=2, n_groups=2, swa_heads=4, swa_kv_heads=2,
+    vocab_size=50, d_model=32, mlp_dim=48, lower_layers=1, upper_layers=1, n_groups=1, swa_heads=4, swa_kv_heads=2,
     swa_head_dim=8, window=7, chunk_size=4, hsa_heads=4, hsa_kv_heads=2, hsa_head_dim=8, retrieval_heads=1,
     retrieval_dim=8, top_k=3, train_top_k=3, off_by_one=True, leave_window=True,
 )  # fmt: skip
@@ -49,6 +51,17 @@ def bundle(model: HsaModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_bundle(model, directory / "tiny", kernels, external_data_above=0)
 
 
+@pytest.fixture(scope="module")
+def compiled(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle with a library of compiled kernels in place of the naive ones."""
+    directory = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("compiled") / "tiny"))
+    kernels = [build(problem) for problem in kernel_problems(CONFIG)]
+    path = build_library(kernels, directory / "libhsa_ops.so")
+    files = json.loads((directory / "bundle.json").read_text())["files"]
+    edit(directory, files=files | {path.name: bundles.file_digest(path)})
+    return directory
+
+
 @pytest.fixture
 def copy(bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle, tmp_path / "copy"))
@@ -59,7 +72,7 @@ def tokens(batch: int, length: int, seed: int = 0) -> np.ndarray[Any, np.dtype[n
 
 
 def eager_logits(model: HsaModel, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    with torch.no_grad():
+    with torch.no_grad(), use_backend("eager"):
         result: np.ndarray[Any, Any] = model(torch.from_numpy(ids)).numpy()
     return result
 
@@ -93,17 +106,27 @@ def test_prefill_by_segments(model: HsaModel, bundle: Path, fused: bool) -> None
 @FUSED
 def test_greedy_generation_is_the_models(model: HsaModel, bundle: Path, fused: bool) -> None:
     prompt = tokens(1, 30, seed=3)
-    state, logits = model.start(), None
-    logits, state = model.step(torch.from_numpy(prompt), state)
-    expected = []
-    for _ in range(25):
-        expected.append(int(logits[0, -1].argmax()))
-        logits, state = model.step(torch.tensor([[expected[-1]]]), state)
+    expected: list[int] = []
+    with use_backend("eager"):
+        logits, state = model.step(torch.from_numpy(prompt), model.start())
+        for _ in range(25):
+            expected.append(int(logits[0, -1].argmax()))
+            logits, state = model.step(torch.tensor([[expected[-1]]]), state)
     session = Session(bundle, fused=fused)
     assert list(session.generate(prompt[0], 25)) == expected
     session.reset()
     first = list(session.generate(prompt[0], 10))  # and the text can be continued with what was not read
     assert first + list(session.generate([first[-1]], 15)) == expected
+
+
+@pytest.mark.needs_compiler
+def test_compiled_kernels_give_the_same(model: HsaModel, compiled: Path) -> None:
+    ids = tokens(2, 200)
+    session = Session(compiled, threads=2)
+    session.reset(batch=2)
+    ends = [67, 134, 190, *range(191, 201)]
+    logits = [session.step(ids[:, start:end]) for start, end in zip([0, *ends], ends)]
+    np.testing.assert_allclose(np.concatenate(logits, axis=1), eager_logits(model, ids), atol=TOLERANCE, rtol=1e-5)
 
 
 def test_sampling_repeats_by_seed(bundle: Path) -> None:
@@ -214,13 +237,12 @@ def test_folder_that_is_no_bundle(tmp_path: Path) -> None:
 
 
 def test_missing_cpu_features_are_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = Target.here()
-    needs = {"system": target.system, "machine": target.machine, "features": [*target.features, "avx2048"]}
-    edit(copy, target=needs)
+    target = json.loads((copy / "bundle.json").read_text())["target"]
+    edit(copy, target=target | {"features": [*target["features"], "avx2048"]})
     with pytest.raises(BundleError, match="CPU features avx2048"):
         Session(copy)
     assert Session(copy, fused=False).step([1]).shape == (1, 1, 50)
-    monkeypatch.setattr(bundles, "cpu_features", lambda: {*target.features, "avx2048"})
+    monkeypatch.setattr(bundles, "cpu_features", lambda: {*target["features"], "avx2048"})
     Session(copy)
 
 

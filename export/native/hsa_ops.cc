@@ -5,11 +5,9 @@
  */
 #include <algorithm>
 #include <array>
-#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <memory>
-#include <new>
 #include <string>
 #include <thread>
 #include <vector>
@@ -23,7 +21,6 @@ ort::Api api;
 
 using Statics = std::array<int64_t, HSA_STATICS>;
 constexpr size_t kRank = 4;
-constexpr size_t kAlignment = 64;  // what the compiled kernels may assume of their tensors
 
 // ---------------------------------------------------------------------------------------------------------- errors
 
@@ -160,28 +157,6 @@ void require_shape(const Tensor& tensor, const std::vector<int64_t>& shape, cons
           std::string("hsa: ") + tensor.name + " must be " + meaning + " = " + text(shape) + ", got " + text(tensor.shape));
 }
 
-/* Caller-bound memory may lie anywhere; kernels want it aligned. ONNX Runtime's own allocations are. */
-class Arguments {
- public:
-  void add(const Tensor& tensor, size_t element_bytes) {
-    void* data = tensor.data;
-    if (reinterpret_cast<uintptr_t>(data) % kAlignment) data = copied(data, tensor.elements() * element_bytes);
-    pointers_.push_back(data);
-  }
-  void* const* data() const { return pointers_.data(); }
-
- private:
-  void* copied(const void* data, size_t bytes) {
-    void* memory = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
-    if (!memory) throw std::bad_alloc();
-    owned_.emplace_back(memory, std::free);
-    return std::memcpy(memory, data, bytes);
-  }
-
-  std::vector<void*> pointers_;
-  std::vector<std::unique_ptr<void, void (*)(void*)>> owned_;
-};
-
 // ------------------------------------------------------------------------------------------------------- operators
 
 int64_t attribute(const ort::KernelInfo* info, const char* name) {
@@ -241,12 +216,9 @@ struct Select {
       std::fill_n(static_cast<float*>(scores.data), n, 0.0f);
       return;
     }
-    Arguments arguments;
-    for (const Tensor* tensor : {&q, &landmark}) arguments.add(*tensor, sizeof(float));
-    for (const Tensor* tensor : {&position, &chunks}) arguments.add(*tensor, sizeof(int64_t));
-    for (const Tensor* tensor : {&indices, &scores}) arguments.add(*tensor, sizeof(float));
+    void* const tensors[] = {q.data, landmark.data, position.data, chunks.data, indices.data, scores.data};
     const int64_t dims[] = {B, L, C};
-    execute(kOp, kernel, arguments.data(), dims, context);
+    execute(kOp, kernel, tensors, dims, context);
   }
 };
 
@@ -282,10 +254,9 @@ struct Attention {
       std::fill_n(static_cast<float*>(o.data), o.elements(), 0.0f);
       return;
     }
-    Arguments arguments;
-    for (const Tensor* tensor : {&q, &k, &v, &indices, &weights, &o}) arguments.add(*tensor, sizeof(float));
+    void* const tensors[] = {q.data, k.data, v.data, indices.data, weights.data, o.data};
     const int64_t dims[] = {B, L, C};
-    execute(kOp, kernel, arguments.data(), dims, context);
+    execute(kOp, kernel, tensors, dims, context);
   }
 
   static void require_indices(const Tensor& indices, int64_t C) {
