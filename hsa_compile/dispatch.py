@@ -37,7 +37,7 @@ def current_backend() -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Within the block, "compiled" demands kernels (a missing one is an error), "eager" uses none, "auto" prefers them."""
+    """Within the block, "compiled" demands kernels (or fails), "eager" uses none, "auto" prefers them."""
     global _backend
     if name not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {name!r}")
@@ -88,7 +88,9 @@ def _kernel(problem: Problem, pass_name: str, q: Tensor, slots: int) -> Kernel |
     return None
 
 
-def select(problem: ChunkSelect, q_r: Tensor, landmark: Tensor, position: Tensor, chunks: Tensor) -> tuple[Tensor, Tensor]:
+def select(
+    problem: ChunkSelect, q_r: Tensor, landmark: Tensor, position: Tensor, chunks: Tensor
+) -> tuple[Tensor, Tensor]:
     """Computes ``hsa::chunk_select`` on checked arguments."""
     B, L = q_r.shape[:2]
     kernel = _kernel(problem, "forward", q_r, L * problem.top_k)

@@ -1,4 +1,4 @@
-"""Both operators in plain PyTorch: the path without a compiler, on any device, and the peer that kernels are measured against.
+"""Both operators in plain PyTorch: the path without a compiler, on any device, and a peer to measure kernels against.
 
 Work goes in blocks of tokens so that what is gathered stays bounded. Half precisions are computed in float32.
 """
@@ -98,7 +98,7 @@ class _Gathered:
     def __init__(
         self, block: slice, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, S: int, off_by_one: bool
     ) -> None:
-        B, _, Hq, D = q.shape
+        B, D = q.shape[0], q.shape[3]
         Hkv = k.shape[2]
         C = k.shape[1] // S
         self.live = (indices[:, block] >= 0).transpose(1, 2)
@@ -181,6 +181,6 @@ def attention_backward(
         d_v.index_add_(0, x.row.flatten(), torch.einsum("bhlgks,bhlgd->bhlksd", pw, d_o).reshape(-1, chunk_size * D))
 
     def memory(x: Tensor, like: Tensor) -> Tensor:
-        return x.view(B, Hkv, -1, chunk_size, D).permute(0, 2, 3, 1, 4).reshape(like.shape).to(like.dtype)
+        return x.view(B, Hkv, -1, chunk_size, D).permute(0, 2, 3, 1, 4).reshape(like.shape).to(like.dtype).contiguous()
 
     return d_q, memory(d_k, k_BTHkvD), memory(d_v, v_BTHkvD), d_w

@@ -36,7 +36,14 @@ def _check_one_device(**tensors: Tensor) -> None:
 
 
 def _select_problem(
-    q_r: Tensor, landmark: Tensor, position: Tensor, chunks: Tensor, kv_heads: int, chunk_size: int, top_k: int, window: int
+    q_r: Tensor,
+    landmark: Tensor,
+    position: Tensor,
+    chunks: Tensor,
+    kv_heads: int,
+    chunk_size: int,
+    top_k: int,
+    window: int,
 ) -> ChunkSelect:
     _check(q_r.dim() == 4, f"q_r must be [B, L, Hr, Dr], got {_shape(q_r)}")
     B, _, Hr, Dr = q_r.shape
@@ -59,13 +66,15 @@ def _attention_problem(
         _check(x.dim() == 4, f"{name} must have 4 dimensions, got {_shape(x)}")
     B, L, Hq, D = q.shape
     Hkv, K = k.shape[2], indices.shape[3]
-    problem = ChunkAttention(int(Hq), int(Hkv), int(D), chunk_size, int(K), off_by_one, _FLOATS.get(q.dtype, str(q.dtype)))  # type: ignore[arg-type]
+    dtype: Any = _FLOATS.get(q.dtype, str(q.dtype))
+    problem = ChunkAttention(int(Hq), int(Hkv), int(D), chunk_size, int(K), off_by_one, dtype)
     _check(k.shape[0] == B and k.shape[3] == D, f"k must be [B={B}, C*S, Hkv, D={D}], got {_shape(k)}")
     _check(v.shape == k.shape, f"v must have k's shape {_shape(k)}, got {_shape(v)}")
     _check(k.dtype == q.dtype == v.dtype, f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     _check(k.shape[1] % chunk_size == 0, f"k has {k.shape[1]} tokens, not a multiple of chunk_size {chunk_size}")
     for name, x in (("indices", indices), ("weights", weights)):
-        _check(x.shape[:3] == (B, L, Hkv) and x.shape[3] == K, f"{name} must be [B={B}, L={L}, Hkv={Hkv}, K={K}], got {_shape(x)}")
+        expected = f"[B={B}, L={L}, Hkv={Hkv}, K={K}]"
+        _check(x.shape[:3] == (B, L, Hkv) and x.shape[3] == K, f"{name} must be {expected}, got {_shape(x)}")
     _check(indices.dtype == torch.int32, f"indices must be int32, got {indices.dtype}; use indices.to(torch.int32)")
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     _check(weights.dtype == wide, f"weights must be {wide}, got {weights.dtype}; use weights.float()")
@@ -117,7 +126,14 @@ def chunk_select(
 
 @chunk_select.register_fake
 def _(
-    q_r: Tensor, landmark: Tensor, position: Tensor, chunks: Tensor, kv_heads: int, chunk_size: int, top_k: int, window: int = 0
+    q_r: Tensor,
+    landmark: Tensor,
+    position: Tensor,
+    chunks: Tensor,
+    kv_heads: int,
+    chunk_size: int,
+    top_k: int,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     _select_problem(q_r, landmark, position, chunks, kv_heads, chunk_size, top_k, window)
     shape = (q_r.shape[0], q_r.shape[1], kv_heads, top_k)

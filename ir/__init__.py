@@ -1,4 +1,4 @@
-"""The operators: what they compute (``operators``, ``reference``) and the tile programs that compute it (``programs``)."""
+"""The operators: what they compute (``operators``, ``reference``) and tile programs that compute it (``programs``)."""
 
 from hsa_compile.ir.operators import ChunkAttention, ChunkSelect, Dtype, Problem, ProblemError, problem_from_dict
 

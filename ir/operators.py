@@ -1,4 +1,4 @@
-"""The two operators of hierarchical sparse attention, as data: what is fixed when a kernel is built, what varies at run time.
+"""The two operators of hierarchical sparse attention, as data: what a kernel is built for, what varies at run time.
 
 Shape letters, used throughout the project:
 
@@ -54,7 +54,8 @@ class _Problem:
 class ChunkSelect(_Problem):
     """Selection of the K best visible chunks of every token and kv head (retrieval).
 
-    ``(q_r [B,L,Hr,Dr], landmark [B,C,Hr,Dr], position [B], chunks [B]) -> indices int32 [B,L,Hkv,K], scores fp32 [B,L,Hkv,K]``
+    ``(q_r [B,L,Hr,Dr], landmark [B,C,Hr,Dr], position [B], chunks [B])
+    -> indices int32 [B,L,Hkv,K], scores fp32 [B,L,Hkv,K]``
 
     Args:
         kv_heads: Hkv. Every kv head selects for itself when ``retrieval_heads == kv_heads``.

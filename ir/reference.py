@@ -85,9 +85,7 @@ def _slots(problem: ChunkAttention, indices: NDArray):  # noqa: ANN202 - a gener
             yield b, t, slice(h * G, (h + 1) * G), h, k, slice(c * S, (c + 1) * S)
 
 
-def attention(
-    problem: ChunkAttention, q: NDArray, k: NDArray, v: NDArray, indices: NDArray, weights: NDArray
-) -> Array:
+def attention(problem: ChunkAttention, q: NDArray, k: NDArray, v: NDArray, indices: NDArray, weights: NDArray) -> Array:
     """``o[t] = sum over slots of weight * softmax(q·K_chunk / sqrt(D))·V_chunk``.
 
     Args:

@@ -16,8 +16,5 @@ GATHERED_ROWS = 64
 def tile_for(problem: Problem, target: CpuTarget) -> CpuTile:
     """Register blocks of 8 x 2 vectors where there are 32 registers (16 accumulators, 2 operands), 4 x 2 with 16."""
     row_block = 8 if target.registers >= 32 else 4
-    if isinstance(problem, ChunkAttention):
-        tokens = max(8, min(256, TILE_ROWS // problem.groups))
-    else:
-        tokens = 128
+    tokens = max(8, min(256, TILE_ROWS // problem.groups)) if isinstance(problem, ChunkAttention) else 128
     return CpuTile(target.lanes, row_block, 2, tokens, GATHERED_ROWS, landmarks=64)

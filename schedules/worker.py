@@ -17,7 +17,7 @@ from tvm import tirx
 
 from hsa_compile.ir import Problem, problem_from_dict
 from hsa_compile.ir.programs import CpuTile, Program
-from hsa_compile.schedules.build import c_compiler
+from hsa_compile.schedules.builder import c_compiler
 from hsa_compile.schedules.glue import glue_source
 from hsa_compile.schedules.target import CpuTarget, resolve
 

@@ -35,7 +35,13 @@ class Layout:
             "weight": self.rows,
             "sums": (self.out_rows + 1) * self.width,  # the last row swallows the padding of row blocks
         }
-        integers = {"target": self.rows, "chunk": self.table, "head": self.table, "next": self.slots, "found": self.slots}
+        integers = {
+            "target": self.rows,
+            "chunk": self.table,
+            "head": self.table,
+            "next": self.slots,
+            "found": self.slots,
+        }
         return tuple(Region(n, "float32", str(c)) for n, c in floats.items()) + tuple(
             Region(n, "int32", str(c)) for n, c in integers.items()
         )
@@ -96,7 +102,7 @@ def program(problem: ChunkAttention, tile: CpuTile) -> Program:
         target_ptr: T.handle("int32"), chunk_ptr: T.handle("int32"), head_ptr: T.handle("int32"),
         next_ptr: T.handle("int32"), found_ptr: T.handle("int32"),
         B: T.int64, L: T.int64, C: T.int64, begin: T.int64, end: T.int64,
-    ):
+    ):  # fmt: skip
         T.func_attr({"tirx.noalias": True})
         q = T.decl_buffer((B * L * Hq * D,), "float32", data=q_ptr)
         k = T.decl_buffer((B * C * S * Hkv * D,), "float32", data=k_ptr)

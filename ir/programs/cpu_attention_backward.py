@@ -273,7 +273,9 @@ def program(problem: ChunkAttention, tile: CpuTile) -> Program:
     own = {"keys": block, "values_t": block, "d_keys": block, "d_values": block, "grads": str(rows * lay.width),
            "dp": str(rows * lay.keys)}  # fmt: skip
     workspace = tuple(r for r in lay.workspace() if r.name != "values")
-    workspace += tuple(Region(name, "float32", size) for name, size in own.items()) + (Region("slot", "int32", str(rows)),)
+    workspace += tuple(Region(name, "float32", size) for name, size in own.items()) + (
+        Region("slot", "int32", str(rows)),
+    )
     stages = (
         pair_stage(problem.kv_heads, problem.kv_heads, problem.top_k),
         query_stage(problem, tile, lay),

@@ -94,7 +94,7 @@ def program(problem: ChunkSelect, tile: CpuTile) -> Program:
             visible = T.min(T.max(first + tokens - 1, T.int64(0)) // S, chunks[b])
             lane = T.alloc_buffer((V,), "float32", scope="local")
             for t in T.serial(tokens):
-                pack_row(queries, t * WIDTH, q_r, ((b * L + t0 + t) * Hr + r) * Dr, T.float32(scale))
+                pack_row(queries, t * WIDTH, q_r, ((b * L + t0 + t) * Hr + r) * Dr, T.float32(1))
                 for s in T.serial(K):
                     best_index[t * K + s] = -1
                     best[t * K + s] = T.float32(0)
@@ -116,15 +116,25 @@ def program(problem: ChunkSelect, tile: CpuTile) -> Program:
                                 for back in T.serial(V):
                                     c = low + V - 1 - back
                                     if c < mine:
-                                        if best_index[t * K + K - 1] < 0 or products[t * BLOCK + c] > best[t * K + K - 1]:
-                                            put(best, best_index, t * K, products[t * BLOCK + c], T.cast(c0 + c, "int32"))
+                                        if (
+                                            best_index[t * K + K - 1] < 0
+                                            or products[t * BLOCK + c] > best[t * K + K - 1]
+                                        ):
+                                            put(
+                                                best,
+                                                best_index,
+                                                t * K,
+                                                products[t * BLOCK + c],
+                                                T.cast(c0 + c, "int32"),
+                                            )
             for t in T.serial(tokens):
                 sort(best, best_index, t * K)
                 for h in T.serial(shared):
                     for s in T.serial(K):
                         at = ((b * L + t0 + t) * Hkv + r * shared + h) * K + s
                         indices[at] = best_index[t * K + s]
-                        scores[at] = best[t * K + s]
+                        # Only here, so that what ties exactly still does while it is compared.
+                        scores[at] = best[t * K + s] * T.float32(scale)
 
     tensors = ("q_r", "landmark", "position", "chunks", "indices", "scores")
     workspace = (
@@ -135,4 +145,6 @@ def program(problem: ChunkSelect, tile: CpuTile) -> Program:
         Region("best_index", "int32", str(TOKENS * K)),
     )
     units = f"B * {Hr} * ((L + {TOKENS - 1}) / {TOKENS})"
-    return Program(tensors, (), workspace, (Stage("select", select, units, tensors + tuple(r.name for r in workspace)),))
+    return Program(
+        tensors, (), workspace, (Stage("select", select, units, tensors + tuple(r.name for r in workspace)),)
+    )

@@ -164,8 +164,8 @@ def _load(directory: Path) -> Artifact | None:
         request = manifest["request"]
         problem = problem_from_dict(request["problem"])
         return Artifact(directory, problem, request["pass"], request["target"], manifest["symbol"])
-    except FileNotFoundError:
-        if directory.exists():
+    except (FileNotFoundError, NotADirectoryError):
+        if directory.is_dir():
             log.warning("cached kernel %s is incomplete; building it anew", directory.name)
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

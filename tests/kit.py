@@ -1,0 +1,62 @@
+"""Random valid inputs of the operators, and the one rule by which results are judged."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hsa_compile.ir import ChunkAttention, ChunkSelect
+
+
+def attention_inputs(
+    problem: ChunkAttention, B: int, L: int, C: int, seed: int = 0, skew: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(q, k, v, indices, weights) with about a fifth of the slots empty, duplicates and any order among the others.
+
+    ``skew`` > 1 makes low chunks popular. Weights of empty slots are NaN, which no implementation may look at.
+    """
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, L, problem.q_heads, problem.head_dim, generator=g)
+    k, v = torch.randn(2, B, C * problem.chunk_size, problem.kv_heads, problem.head_dim, generator=g)
+    slots = (B, L, problem.kv_heads, problem.top_k)
+    indices = (torch.rand(slots, generator=g) ** skew * C).to(torch.int32)
+    indices[torch.rand(slots, generator=g) < 0.2] = -1
+    weights = torch.rand(slots, generator=g)
+    weights[indices < 0] = torch.nan
+    return q, k, v, indices, weights
+
+
+def select_inputs(
+    problem: ChunkSelect, B: int, L: int, C: int, seed: int = 0, ties: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(q_r, landmark, position, chunks): segments that start anywhere, some landmark rows unfilled (NaN).
+
+    With ``ties`` the scores are small integers, exact in any order of summation.
+    """
+    g = torch.Generator().manual_seed(seed)
+    q_r = torch.randn(B, L, problem.retrieval_heads, problem.retrieval_dim, generator=g)
+    landmark = torch.randn(B, C, problem.retrieval_heads, problem.retrieval_dim, generator=g)
+    if ties:
+        q_r, landmark = q_r.round(), landmark.round()
+    position = torch.randint(0, C * problem.chunk_size, (B,), generator=g)
+    chunks = torch.randint(C // 2, C + 1, (B,), generator=g)
+    for b in range(B):
+        landmark[b, chunks[b] :] = torch.nan
+    return q_r, landmark, position, chunks
+
+
+def assert_as_good_as(
+    got: Tensor | np.ndarray, low: Tensor | np.ndarray, reference: Tensor | np.ndarray, floor: float = 2e-6
+) -> None:
+    """The error against the high-precision reference is at most twice that of the plain implementation in the same
+    precision (``low``), plus a floor relative to the largest value; as a maximum and as a root mean square."""
+    got, low, reference = (np.asarray(x, dtype=np.float64) for x in (got, low, reference))
+    assert got.shape == reference.shape
+    assert np.isfinite(got).all(), "poison or garbage in the result"
+    if not got.size:
+        return
+    error, allowed = np.abs(got - reference), np.abs(low - reference)
+    scale = max(1.0, float(np.abs(reference).max()))
+    assert error.max() <= 2 * allowed.max() + floor * scale
+    assert np.sqrt((error**2).mean()) <= 2 * np.sqrt((allowed**2).mean()) + floor * scale / 4
