@@ -45,8 +45,8 @@ def export_bundle(
     Args:
         model: in float32, on the CPU.
         directory: the bundle; an existing bundle there is replaced, anything else is refused.
-        kernels: ``schedules.build`` of each of ``kernel_problems(model.config)``; without any, the bundle has no library
-            and runs by the operators' function bodies alone.
+        kernels: ``schedules.build`` of each of ``kernel_problems(model.config)``; without any, the bundle has no
+            library and runs by the operators' function bodies alone.
         tokenizer: plain data that says how text becomes ids; bytes by default.
         external_data_above: see ``graph.export_graph``.
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 import pytest
-from export_kit import naive_kernel, operator_model
 
+from export_kit import naive_kernel, operator_model
 from hsa_compile.export.library import build_library
 from hsa_compile.ir import ChunkSelect
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from export_kit import NaiveKernel, attention_inputs, naive_kernel, problem_session, select_inputs
 
 import hsa_compile.ops  # noqa: F401  (registers torch.ops.hsa)
+from export_kit import NaiveKernel, attention_inputs, naive_kernel, problem_session, select_inputs
 from hsa_compile.dispatch import use_backend
 from hsa_compile.export.library import LibraryError, build_library, kernel_table
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
@@ -43,7 +43,8 @@ TOLERANCE = 2e-6
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("naive")
-    kernels = [naive_kernel(problem, directory) for problem in (*SELECTS, *ATTENTIONS)]
+    problems: list[Problem] = [*SELECTS, *ATTENTIONS]
+    kernels = [naive_kernel(problem, directory) for problem in problems]
     return build_library(kernels, directory / "libhsa_ops.so")
 
 

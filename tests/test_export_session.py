@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from export_kit import naive_kernel
 
+from export_kit import naive_kernel
 from hsa_compile.dispatch import use_backend
 from hsa_compile.export import bundle as bundles
 from hsa_compile.export.bundle import BundleError, Manifest
@@ -97,7 +97,7 @@ def test_any_split_gives_the_logits_of_one_pass(
 def test_prefill_by_segments(model: HsaModel, bundle: Path, fused: bool) -> None:
     ids = tokens(1, 45)
     expected = eager_logits(model, ids)[:, -1]
-    session = Session(bundle, fused=fused, reserve=0)
+    session = Session(bundle, fused=fused, threads=1, reserve=0)
     for segment in (1, 4, 7, 16, 45, None):
         session.reset()
         np.testing.assert_allclose(session.prefill(ids, segment), expected, atol=TOLERANCE, rtol=1e-5)
@@ -148,6 +148,7 @@ def test_sampler_keeps_to_top_p() -> None:
     assert set(drawn) == {1, 3}
     assert abs(drawn.count(1) / 600 - 2 / 3) < 0.06
     assert Sampler()(logits) == 1
+    bad: Any
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             Sampler(**bad)
@@ -172,6 +173,7 @@ def test_a_refused_step_changes_nothing(model: HsaModel, bundle: Path) -> None:
     ids = tokens(1, 20)
     session = Session(bundle)
     session.step(ids[:, :9])
+    bad: Any
     for bad, message in (
         ([50], "0 … 49, found 50"),
         ([3, -1], "0 … 49, found -1"),
@@ -289,7 +291,7 @@ class Block:
         if name.split(".")[0] in ("torch", "tvm", "onnx", "onnxscript", "tilelang", "triton"):
             raise ImportError(f"{name} is blocked")
 sys.meta_path.insert(0, Block())
-from hsa_compile.export.session import Session
+from hsa_compile.export import Session
 session = Session(sys.argv[1], fused=sys.argv[2] == "True")
 print(list(session.generate([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 8)))
 """
