@@ -83,7 +83,7 @@ class Manifest:
         target = data["target"]
         try:
             return cls(
-                model=dict(data["model"]),
+                model=data["model"] | {name: int(data["model"][name]) for name in ("vocab_size", "chunk_size")},
                 tokenizer=dict(data["tokenizer"]),
                 state=tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data["state"]),
                 target=Target(target["system"], target["machine"], tuple(target["features"])) if target else None,

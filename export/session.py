@@ -19,6 +19,9 @@ Ids = np.ndarray[Any, np.dtype[np.int64]]
 SEGMENT = 512
 SEGMENT_BY_FUNCTIONS = 128
 
+# The first with TensorScatter on the CPU, by which a step writes the chunk memory in place.
+MINIMUM_RUNTIME = (1, 25)
+
 
 class Session:
     """A bundle opened for inference on the CPU, and the text it has seen.
@@ -185,6 +188,12 @@ class Session:
 
 
 def _runtime(directory: Path, manifest: Manifest, fused: bool, threads: int | None) -> ort.InferenceSession:
+    found = tuple(int(part) for part in ort.__version__.split(".")[:2])
+    if found < MINIMUM_RUNTIME:
+        wanted = ".".join(map(str, MINIMUM_RUNTIME))
+        raise BundleError(
+            f"bundles need ONNX Runtime {wanted} or later, this is {ort.__version__}; pip install -U onnxruntime"
+        )
     options = ort.SessionOptions()
     options.inter_op_num_threads = 1
     options.log_severity_level = 3

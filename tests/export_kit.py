@@ -87,7 +87,7 @@ static void run(RUN_ARGUMENTS) {
 """
 
 _KERNEL = r"""
-const hsa_kernel SYMBOL = {HSA_KERNEL_ABI, "", "forward", 6, 1, units, no_bytes, work_bytes, run};
+const hsa_kernel SYMBOL = {ABI, "", PASS, 6, 1, units, no_bytes, work_bytes, run};
 """
 
 
@@ -101,7 +101,7 @@ class NaiveKernel:
     target: str = resolve("cpu:native").name
 
 
-def naive_kernel(p: Problem, directory: Path) -> NaiveKernel:
+def naive_kernel(p: Problem, directory: Path, abi: str = "HSA_KERNEL_ABI", stage: str = "forward") -> NaiveKernel:
     """Compiles the naive C kernel of a problem into ``directory``."""
     symbol = f"hsa_kernel_{p.digest}"
     if isinstance(p, ChunkSelect):
@@ -113,7 +113,10 @@ def naive_kernel(p: Problem, directory: Path) -> NaiveKernel:
     sizes |= {"S": p.chunk_size, "K": p.top_k}
     defines = "".join(f"#define {name} {value}\n" for name, value in sizes.items())
     source, built = directory / f"{symbol}.c", directory / f"{symbol}.o"
-    source.write_text(f"#define SYMBOL {symbol}\n#define WORK_BYTES {work}\n{defines}{_COMMON}{body}{_KERNEL}")
+    interface = f'#define ABI {abi}\n#define PASS "{stage}"\n'
+    source.write_text(
+        f"{interface}#define SYMBOL {symbol}\n#define WORK_BYTES {work}\n{defines}{_COMMON}{body}{_KERNEL}"
+    )
     include = resources.files("hsa_compile.schedules.host")
     subprocess.run(["cc", "-O2", "-fPIC", f"-I{include}", "-c", str(source), "-o", str(built)], check=True)
     return NaiveKernel(p, [built], symbol)

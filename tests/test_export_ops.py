@@ -187,6 +187,15 @@ def test_table_needs_distinct_kernels() -> None:
         kernel_table([])
 
 
+@pytest.mark.parametrize(
+    ("foreign", "message"), [({"abi": "99"}, "interface 99, not"), ({"stage": "backward"}, "backward pass")]
+)
+def test_foreign_kernels_are_refused(foreign: dict[str, str], message: str, tmp_path: Path) -> None:
+    library = build_library([naive_kernel(SELECTS[0], tmp_path, **foreign)], tmp_path / "lib.so")
+    with pytest.raises(Exception, match=f"chunk_size=4 top_k=2.*{message}"):
+        problem_session(SELECTS[0], library)
+
+
 def test_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)

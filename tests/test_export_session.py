@@ -213,6 +213,8 @@ def edit(directory: Path, **changed: Any) -> None:
         ({"format": "other"}, "does not describe an hsa-compile bundle"),
         ({"format_version": 99}, "format version 99"),
         ({"state": None}, "damaged"),
+        ({"model": {"vocab_size": 50}}, "damaged"),
+        ({"target": "here"}, "damaged"),
         ({"files": {"../model.onnx": ""}}, "no model.onnx"),
         ({"target": {"system": "Plan9", "machine": "x86_64", "features": []}}, "for Plan9 x86_64.*fused=False"),
     ],
@@ -246,6 +248,12 @@ def test_missing_cpu_features_are_named(copy: Path, monkeypatch: pytest.MonkeyPa
     assert Session(copy, fused=False).step([1]).shape == (1, 1, 50)
     monkeypatch.setattr(bundles, "cpu_features", lambda: {*target["features"], "avx2048"})
     Session(copy)
+
+
+def test_old_runtime_is_named(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", "1.24.4")
+    with pytest.raises(BundleError, match=r"ONNX Runtime 1.25 or later, this is 1.24.4"):
+        Session(bundle)
 
 
 def test_bundle_without_library_runs_by_its_functions(copy: Path) -> None:

@@ -341,6 +341,16 @@ struct CustomOp : ort::CustomOp {
   }
 };
 
+void check_kernels() {
+  for (int32_t i = 0; i < hsa_entry_count; ++i) {
+    const hsa_kernel& kernel = *hsa_entries[i].kernel;
+    const std::string which = std::string(kOpNames[hsa_entries[i].op]) + " " + describe(hsa_entries[i].op, hsa_entries[i].statics);
+    require(kernel.abi == HSA_KERNEL_ABI, which + ": its kernel has interface " + std::to_string(kernel.abi) + ", not " +
+                                              std::to_string(HSA_KERNEL_ABI) + "; build both anew");
+    require(!std::strcmp(kernel.pass, "forward"), which + ": its kernel is of the " + kernel.pass + " pass; link the forward one");
+  }
+}
+
 ort::CustomOpDomain* create_domain() {
   static const CustomOp<Select> select;
   static const CustomOp<Attention> attention;
@@ -362,6 +372,7 @@ extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps
     return create(ort::kFail, "the hsa operator library needs ONNX Runtime 1.17 or later");
   }
   return guarded([&] {
+    check_kernels();
     static ort::CustomOpDomain* domain = create_domain();
     check(api.AddCustomOpDomain(options, domain));
   });
