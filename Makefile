@@ -19,8 +19,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@# Type checkers do not follow the finder of an editable install: check the tree as it is installed.
-	@rm -rf build/lib && $(BIN)/python -c "import setuptools; setuptools.setup()" -q build_py --build-lib build/lib
-	cd build/lib && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p hsa_compile
+	@rm -rf build/types && $(BIN)/python -c "import setuptools; setuptools.setup()" -q build_py --build-lib build/types
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p hsa_compile
 
 # torch first and pinned: plain `torch`, asked for by another package, may bring several GB of CUDA libraries.
 $(INSTALLED): requirements.lock pyproject.toml

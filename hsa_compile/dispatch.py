@@ -1,4 +1,7 @@
-"""Which path computes an operator in PyTorch: a compiled kernel where one can be had, eager PyTorch elsewhere."""
+"""Which path computes an operator in PyTorch: a compiled kernel where one can be had, eager PyTorch elsewhere.
+
+The NumPy reference is a third path, slow and only on demand: whole models are validated against it.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,20 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hsa_compile import eager
-from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
+from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem, reference
 from hsa_compile.native import Kernel
 from hsa_compile.schedules import BuildError, build
 
 log = logging.getLogger("hsa_compile")
 
-Backend = Literal["auto", "compiled", "eager"]
+Backend = Literal["auto", "compiled", "eager", "reference"]
 _backend: Backend | None = None
 
 
@@ -37,7 +40,8 @@ def current_backend() -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Within the block, "compiled" demands kernels (or fails), "eager" uses none, "auto" prefers them."""
+    """Within the block, "compiled" demands kernels (or fails), "eager" uses none, "auto" prefers them,
+    "reference" computes in float64 by the definitions in ``hsa_compile.ir.reference``."""
     global _backend
     if name not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {name!r}")
@@ -68,6 +72,11 @@ def _failed(problem: Problem, pass_name: str) -> str:
     return ""
 
 
+def _by_definition(function: Callable[..., Any], problem: Problem, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    results = function(problem, *(x.numpy(force=True) for x in inputs))
+    return [torch.from_numpy(x) for x in (results if isinstance(results, tuple) else (results,))]
+
+
 def _kernel(problem: Problem, pass_name: str, q: Tensor, slots: int) -> Kernel | None:
     """The kernel to run, or None for the eager path. ``slots`` a row must be countable in 32 bits by a backward."""
     backend = current_backend()
@@ -92,6 +101,9 @@ def select(
     problem: ChunkSelect, q_r: Tensor, landmark: Tensor, position: Tensor, chunks: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Computes ``hsa::chunk_select`` on checked arguments."""
+    if current_backend() == "reference":
+        indices, scores = _by_definition(reference.select, problem, (q_r, landmark, position, chunks))
+        return indices, scores.float()
     B, L = q_r.shape[:2]
     kernel = _kernel(problem, "forward", q_r, L * problem.top_k)
     if kernel is None:
@@ -108,6 +120,9 @@ def select_backward(
     problem: ChunkSelect, grad_scores: Tensor, q_r: Tensor, landmark: Tensor, indices: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Computes ``hsa::chunk_select_backward`` on checked arguments."""
+    if current_backend() == "reference":
+        d_q, d_landmark = _by_definition(reference.select_backward, problem, (grad_scores, q_r, landmark, indices))
+        return d_q.to(q_r.dtype), d_landmark.to(landmark.dtype)
     B, L = q_r.shape[:2]
     kernel = _kernel(problem, "backward", q_r, L * problem.top_k)
     if kernel is None:
@@ -120,6 +135,8 @@ def select_backward(
 
 def attention(problem: ChunkAttention, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """Computes ``hsa::chunk_attention`` on checked arguments."""
+    if current_backend() == "reference":
+        return _by_definition(reference.attention, problem, (q, k, v, indices, weights))[0].to(q.dtype)
     B, L = q.shape[:2]
     kernel = _kernel(problem, "forward", q, L * problem.top_k)
     if kernel is None:
@@ -134,6 +151,9 @@ def attention_backward(
     problem: ChunkAttention, grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes ``hsa::chunk_attention_backward`` on checked arguments."""
+    if current_backend() == "reference":
+        grads = _by_definition(reference.attention_backward, problem, (grad_o, q, k, v, indices, weights))
+        return tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, weights)))  # type: ignore[return-value]
     B, L = q.shape[:2]
     kernel = _kernel(problem, "backward", q, L * problem.top_k)
     if kernel is None:

@@ -76,8 +76,8 @@ def _attention_problem(
         expected = f"[B={B}, L={L}, Hkv={Hkv}, K={K}]"
         _check(x.shape[:3] == (B, L, Hkv) and x.shape[3] == K, f"{name} must be {expected}, got {_shape(x)}")
     _check(indices.dtype == torch.int32, f"indices must be int32, got {indices.dtype}; use indices.to(torch.int32)")
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    _check(weights.dtype == wide, f"weights must be {wide}, got {weights.dtype}; use weights.float()")
+    wide = weights.dtype == torch.float32 or weights.dtype == q.dtype == torch.float64
+    _check(wide, f"weights must be torch.float32, got {weights.dtype}; use weights.float()")
     _check_one_device(q=q, k=k, v=v, indices=indices, weights=weights)
     return problem
 

@@ -5,6 +5,8 @@ Nothing here is fast. Read it to learn a semantic: visibility, ties, order, empt
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -76,7 +78,7 @@ def chunk_softmax(problem: ChunkAttention, q_GD: Array, k_SD: Array) -> Array:
     return e / (e.sum(-1, keepdims=True) + (np.exp(-peak) if problem.off_by_one else 0.0))
 
 
-def _slots(problem: ChunkAttention, indices: NDArray):  # noqa: ANN202 - a generator of index tuples
+def _slots(problem: ChunkAttention, indices: NDArray) -> Iterator[tuple[int, int, slice, int, int, slice]]:
     """Yields (b, t, group of query heads, kv head, slot, tokens of the chunk) of every filled slot."""
     G, S = problem.groups, problem.chunk_size
     for b, t, h, k in np.ndindex(*indices.shape):

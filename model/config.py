@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from hsa_compile.ir import ChunkAttention, ChunkSelect
+
 SlotWeights = Literal["softmax", "stick-breaking"]
 SLOT_WEIGHTS: tuple[str, ...] = ("softmax", "stick-breaking")
 
@@ -104,6 +106,16 @@ class ModelConfig:
             raise ConfigError(
                 f"retrieval_heads must be 1 or hsa_kv_heads ({self.hsa_kv_heads}), got {self.retrieval_heads}"
             )
+
+    def problems(self, training: bool = False) -> tuple[ChunkSelect, ChunkAttention]:
+        """The problems that the model's operators pose, at inference or while training."""
+        top_k = self.train_top_k if training else self.top_k
+        window = self.window if self.leave_window else 0
+        heads, kv_heads, D, S = self.hsa_heads, self.hsa_kv_heads, self.hsa_head_dim, self.chunk_size
+        return (
+            ChunkSelect(kv_heads, self.retrieval_heads, self.retrieval_dim, S, top_k, window),
+            ChunkAttention(heads, kv_heads, D, S, top_k, self.off_by_one),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; ``from_dict`` is its inverse."""

@@ -38,12 +38,12 @@ PASSES = [
 def program_for(problem: Problem, pass_name: str, tile: CpuTile) -> Program:
     """The CPU program of an operator's pass."""
     module = {
-        ("chunk_attention", "forward"): "cpu_attention",
-        ("chunk_attention", "backward"): "cpu_attention_backward",
-        ("chunk_select", "forward"): "cpu_select",
-        ("chunk_select", "backward"): "cpu_select_backward",
+        ("chunk_attention", "forward"): "attention",
+        ("chunk_attention", "backward"): "attention_backward",
+        ("chunk_select", "forward"): "select",
+        ("chunk_select", "backward"): "select_backward",
     }[problem.op, pass_name]
-    return importlib.import_module(f"hsa_compile.ir.programs.{module}").program(problem, tile)
+    return importlib.import_module(f"hsa_compile.ir.programs.cpu.{module}").program(problem, tile)
 
 
 def lower(program: Program, prefix: str, target: CpuTarget) -> Any:

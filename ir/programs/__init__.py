@@ -1,7 +1,7 @@
 """Tile programs: how an operator is computed on a class of machines, with the sizes of its tiles left open.
 
 A ``Program`` is a list of stages over raw pointers. Its functions are TVMScript, which only a compiler's process
-imports (the modules ``cpu_*``); this module is plain data and imports no compiler.
+imports (the package ``cpu``); this module is plain data and imports no compiler.
 
 Why TVMScript for CPUs and not the tile language of the GPU programs: that one reaches CPUs through C source, serial and
 fp32 only, at 9-12 GFLOP/s a thread; these reach 70 and more, because register blocks, vector width and the fused

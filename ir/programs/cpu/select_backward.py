@@ -3,17 +3,19 @@
 Landmarks walk lists of pairs, so there are no atomics and results repeat to the bit.
 """
 
+from typing import Any
+
 from tvm.script import tirx as T
 
 from hsa_compile.ir.operators import ChunkSelect
 from hsa_compile.ir.programs import CpuTile, Program, Stage
-from hsa_compile.ir.programs.cpu_blocks import add_row
-from hsa_compile.ir.programs.cpu_pairs import pair_regions, pair_stage
+from hsa_compile.ir.programs.cpu.blocks import add_row
+from hsa_compile.ir.programs.cpu.pairs import pair_regions, pair_stage
 
 TENSORS = ("grad_scores", "q_r", "landmark", "indices", "d_q_r", "d_landmark")
 
 
-def slot_gradient(problem: ChunkSelect):
+def slot_gradient(problem: ChunkSelect) -> Any:
     """g[0] = the gradient of a slot's score, times the score's factor. A selection that all kv heads share sums theirs."""
     Hkv, K = problem.kv_heads, problem.top_k
     shared, scale = Hkv // problem.retrieval_heads, problem.scale

@@ -4,14 +4,16 @@ A unit of work is a tile of T tokens of one retrieval head. Landmark blocks are 
 oldest, so that among equal scores the newer chunk is met first and stays. Memory is O(T*K), never L x C.
 """
 
+from typing import Any
+
 from tvm.script import tirx as T
 
 from hsa_compile.ir.operators import ChunkSelect
 from hsa_compile.ir.programs import CpuTile, Program, Region, Stage
-from hsa_compile.ir.programs.cpu_blocks import LOWEST, copy_row, product, row_max, transpose
+from hsa_compile.ir.programs.cpu.blocks import LOWEST, copy_row, product, row_max, transpose
 
 
-def insert(K):
+def insert(K) -> Any:
     """Puts (score, index) into a row's list of K, kept by falling score; what ties stays behind what came before."""
 
     @T.inline
@@ -27,7 +29,7 @@ def insert(K):
     return put
 
 
-def newest_first(K):
+def newest_first(K) -> Any:
     """Sorts a row's list by falling index; empty slots (-1) come last."""
 
     @T.inline

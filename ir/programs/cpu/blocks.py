@@ -5,6 +5,7 @@ elements are one vector register. Accumulators are local buffers indexed by cons
 """
 
 import math
+from typing import Any
 
 from tvm.script import tirx as T
 
@@ -14,7 +15,7 @@ LOWEST = -3.0e38
 _EXP2 = [math.log(2.0) ** i / math.factorial(i) for i in range(8)]
 
 
-def exp2(x):
+def exp2(x) -> Any:
     """2^x for x <= 127, as vector arithmetic (LLVM's own exp2 calls libm once a lane). Below -126 it is 2^-126 or less."""
     x = T.max(x, T.float32(-126.0))
     n = T.floor(x + T.float32(0.5))
@@ -25,7 +26,7 @@ def exp2(x):
     return y * T.reinterpret("float32", (T.cast(n, "int32") + 127) << 23)
 
 
-def across(lanes, combine):
+def across(lanes, combine) -> Any:
     """lane[0] = all lanes of a local buffer combined, by halving, which LLVM turns into shuffles."""
     half = lanes // 2
     rest = across(half, combine) if half > 1 else None
@@ -42,7 +43,7 @@ def across(lanes, combine):
     return reduce
 
 
-def product(tile, width, a_row, a_depth=1, target="store"):
+def product(tile, width, a_row, a_depth=1, target="store") -> Any:
     """C[rows, width] = A[rows, depth] · B[depth, width] in register blocks; ``blocks`` row blocks of A and C.
 
     Element (i, d) of A lies at ``i*a_row + d*a_depth``, so that a transposed A costs nothing. ``target``: "store"
@@ -81,7 +82,7 @@ def product(tile, width, a_row, a_depth=1, target="store"):
     return multiply
 
 
-def clear(tile, value, dtype="float32"):
+def clear(tile, value, dtype="float32") -> Any:
     """Fills ``count`` elements, a multiple of the lanes."""
     V = tile.lanes
 
@@ -94,7 +95,7 @@ def clear(tile, value, dtype="float32"):
     return fill
 
 
-def copy_row(tile, length):
+def copy_row(tile, length) -> Any:
     """dst[0:length] = src[0:length] * factor, padded with zeros to whole vectors."""
     V, whole, tail = tile.lanes, length // tile.lanes, length % tile.lanes
 
@@ -112,7 +113,7 @@ def copy_row(tile, length):
     return copy
 
 
-def add_row(tile, length):
+def add_row(tile, length) -> Any:
     """dst[0:length] += src[0:length] * factor."""
     V, whole, tail = tile.lanes, length // tile.lanes, length % tile.lanes
 
@@ -127,7 +128,7 @@ def add_row(tile, length):
     return add
 
 
-def transpose(tile, depth, width):
+def transpose(tile, depth, width) -> Any:
     """dst[depth, width] = src[rows, depth]ᵀ, zeros in the columns past ``rows``; src's rows lie ``stride`` apart."""
     V = tile.lanes
 
@@ -145,7 +146,7 @@ def transpose(tile, depth, width):
     return pack
 
 
-def row_max(tile, vectors, start):
+def row_max(tile, vectors, start) -> Any:
     """lane[0] = max(start, X[x0 : x0 + vectors*lanes])."""
     V = tile.lanes
     reduce = across(V, T.max)
@@ -162,7 +163,7 @@ def row_max(tile, vectors, start):
     return maximum
 
 
-def softmax_row(tile, length, width, off_by_one):
+def softmax_row(tile, length, width, off_by_one) -> Any:
     """Softmax, base 2, of ``X[x0 : x0+length]`` in place, times ``factor``; the padding up to ``width`` becomes 0."""
     V, vectors = tile.lanes, width // tile.lanes
     maximum = row_max(tile, vectors, 0.0 if off_by_one else LOWEST)

@@ -5,18 +5,20 @@ they need no atomics and repeat to the bit. Both recompute the softmax: seven pr
 needed, against L*K*Hq*S numbers that need not be kept.
 """
 
+from typing import Any
+
 from tvm.script import tirx as T
 
 from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import CpuTile, Program, Region, Stage
-from hsa_compile.ir.programs.cpu_attention import Layout, group_by_chunk
-from hsa_compile.ir.programs.cpu_blocks import LOG2E, across, clear, copy_row, product, softmax_row, transpose
-from hsa_compile.ir.programs.cpu_pairs import pair_regions, pair_stage
+from hsa_compile.ir.programs.cpu.attention import Layout, group_by_chunk
+from hsa_compile.ir.programs.cpu.blocks import LOG2E, across, clear, copy_row, product, softmax_row, transpose
+from hsa_compile.ir.programs.cpu.pairs import pair_regions, pair_stage
 
 TENSORS = ("grad_o", "q", "k", "v", "indices", "weights", "d_q", "d_k", "d_v", "d_weights")
 
 
-def row_dot(tile, width):
+def row_dot(tile, width) -> Any:
     """total[0] = X[x0 : x0+width] · Y[x0 : x0+width]."""
     V = tile.lanes
     add_lanes = across(V, lambda a, b: a + b)
@@ -33,7 +35,7 @@ def row_dot(tile, width):
     return dot
 
 
-def logit_gradient(tile, width, keep_probabilities):
+def logit_gradient(tile, width, keep_probabilities) -> Any:
     """For one row of probabilities p and of dp: ``dp = p*(dp - delta)*ds_factor`` with ``delta[0] = p·dp``, and
     ``p *= p_factor`` where they are needed still."""
     V = tile.lanes
@@ -51,7 +53,7 @@ def logit_gradient(tile, width, keep_probabilities):
     return gradient
 
 
-def probabilities(problem, tile, lay):
+def probabilities(problem, tile, lay) -> Any:
     """logits = softmax(queries · keys_t) and dp = grads · values_t, for gathered rows."""
     D, KEYS = problem.head_dim, lay.keys
     score = product(tile, KEYS, lay.width)

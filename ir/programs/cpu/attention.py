@@ -6,11 +6,13 @@ them run on exactly those rows. So no flop is spent on tokens that did not selec
 and the same program serves prefill, training and decode.
 """
 
+from typing import Any
+
 from tvm.script import tirx as T
 
 from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import CpuTile, Program, Region, Stage
-from hsa_compile.ir.programs.cpu_blocks import LOG2E, clear, copy_row, product, softmax_row, transpose
+from hsa_compile.ir.programs.cpu.blocks import LOG2E, clear, copy_row, product, softmax_row, transpose
 
 
 class Layout:
@@ -47,7 +49,7 @@ class Layout:
         )
 
 
-def group_by_chunk(tile, table, K):
+def group_by_chunk(tile, table, K) -> Any:
     """Groups the filled slots of a tile's tokens by chunk, in the order of first appearance.
 
     A pair is ``token_in_tile * K + slot``. ``chunk[s]`` is the chunk in place s of a hash table (-1: free), ``head[s]``

@@ -1,0 +1,169 @@
+"""The operators on one device: compiled kernels beside eager gather + einsum and dense causal attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+
+from hsa_compile import dispatch, eager, ops
+from hsa_compile.bench.record import Timing, common_keys, matmul_tflops, timed
+from hsa_compile.bench.selections import SelectionKind, synthetic_selection, union_ratio
+from hsa_compile.ir import ChunkAttention, ChunkSelect
+
+# Beyond this much work the slow peers would take minutes a run.
+EAGER_GFLOP, DENSE_GFLOP = 40.0, 400.0
+CHECKED_TOKENS = 64  # compared with float64 before a timing counts
+TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One line of the benchmark."""
+
+    L: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    top_k: int
+    chunk_size: int = 64
+    selection: SelectionKind = "local"
+
+    @property
+    def problem(self) -> ChunkAttention:
+        return ChunkAttention(self.q_heads, self.kv_heads, self.head_dim, self.chunk_size, self.top_k)
+
+    def keys(self) -> dict[str, Any]:
+        """In the committed format."""
+        return {
+            "B": 1, "L": self.L, "Hq": self.q_heads, "Hkv": self.kv_heads, "D": self.head_dim, "S": self.chunk_size,
+            "K": self.top_k, "dtype": "float32", "selection": self.selection,
+        }  # fmt: skip
+
+
+def default_shapes(lengths: Sequence[int] = (1024, 4096, 16384)) -> list[Shape]:
+    """G = 16, 4 and 1 at D = 64, and D = 128; each on both selections."""
+    heads = ((16, 1, 64), (16, 4, 64), (4, 4, 64), (16, 2, 128))
+    return [Shape(L, *h, 8, selection=kind) for L in lengths for h in heads for kind in ("local", "random")]
+
+
+def run(shapes: Sequence[Shape], seed: int = 0, progress: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """Checks, then times all implementations of all shapes; returns the suite's measurements."""
+    ceiling = matmul_tflops()
+    common = {**common_keys("kernels", seed), "ceiling_tflops": round(ceiling, 4)}
+    rows = []
+    for shape in shapes:
+        progress(f"L {shape.L}, heads {shape.q_heads}/{shape.kv_heads}, D {shape.head_dim}, {shape.selection}")
+        rows += [{**common, **shape.keys(), **row} for row in _attention_rows(shape, seed)]
+    for L in sorted({shape.L for shape in shapes}):
+        progress(f"selection, L {L}")
+        rows += [{**common, **row} for row in _select_rows(L, seed)]
+    return rows
+
+
+def _inputs(shape: Shape, seed: int) -> tuple[Tensor, ...]:
+    torch.manual_seed(seed)
+    L, S = shape.L, shape.chunk_size
+    q = torch.randn(1, L, shape.q_heads, shape.head_dim)
+    k, v = torch.randn(2, 1, L // S * S, shape.kv_heads, shape.head_dim)
+    indices = synthetic_selection(1, L, shape.kv_heads, shape.top_k, S, shape.selection, seed)
+    return q, k, v, indices, torch.rand(indices.shape)
+
+
+def _error(shape: Shape, inputs: tuple[Tensor, ...], o: Tensor) -> float:
+    """Largest error on the last tokens against float64."""
+    q, k, v, indices, weights = inputs
+    at = slice(-CHECKED_TOKENS, None)
+    exact = eager.attention(
+        q[:, at].double(), k.double(), v.double(), indices[:, at], weights[:, at].double(), shape.chunk_size, False
+    )
+    return float((o[:, at] - exact).abs().max())
+
+
+def _attention_rows(shape: Shape, seed: int) -> Iterator[dict[str, Any]]:
+    inputs = _inputs(shape, seed)
+    q, S = inputs[0], shape.chunk_size
+    grad = torch.randn(q.shape)
+    flops = {"forward": shape.problem.flops(1, shape.L), "backward": shape.problem.backward_flops(1, shape.L)}
+    shared = {"op": "attention", "union_ratio": round(union_ratio(inputs[3]), 3), "tolerance": TOLERANCE}
+
+    def row(impl: str, pass_name: str, timing: Timing, **more: Any) -> dict[str, Any]:
+        tflops = flops[pass_name] / timing.median / 1e9
+        return {**shared, "impl": impl, "pass": pass_name, **timing.fields(), "tflops": round(tflops, 4), **more}
+
+    for impl, backend in (("ours", "compiled"), ("eager", "eager")):
+        if impl == "eager" and flops["forward"] > EAGER_GFLOP * 1e9:
+            continue
+        with dispatch.use_backend(backend):  # type: ignore[arg-type]
+            error = _error(shape, inputs, ops.chunk_attention(*inputs, S))
+            if error > TOLERANCE:
+                raise AssertionError(f"{impl} is off by {error} on {shape}; a wrong kernel is not timed")
+            yield row(impl, "forward", timed(lambda: ops.chunk_attention(*inputs, S)), error=error, schedule="tile")
+            yield row(impl, "backward", timed(lambda: ops.chunk_attention_backward(grad, *inputs, S)), schedule="tile")
+    if 2 * shape.L**2 * shape.q_heads * shape.head_dim < DENSE_GFLOP * 1e9:
+        q, k, v = (x.transpose(1, 2) for x in inputs[:3])
+        k, v = (x if x.shape[2] == shape.L else F.pad(x, (0, 0, 0, shape.L - x.shape[2])) for x in (k, v))
+        with torch.no_grad():
+            dense = timed(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+        yield row("sdpa", "forward", dense)
+
+
+def _select_rows(L: int, seed: int) -> Iterator[dict[str, Any]]:
+    torch.manual_seed(seed)
+    problem = ChunkSelect(1, 1, 64, 64, 16)
+    C = L // problem.chunk_size
+    inputs = (torch.randn(1, L, 1, 64), torch.randn(1, C, 1, 64), torch.tensor([0]), torch.tensor([C]))
+    for impl, backend in (("ours", "compiled"), ("eager", "eager")):
+        with dispatch.use_backend(backend):  # type: ignore[arg-type]
+            timing = timed(lambda: ops.chunk_select(*inputs, 1, problem.chunk_size, problem.top_k))
+        tflops = problem.flops(1, L, C) / 2 / timing.median / 1e9  # causal: half of the scores
+        yield {
+            "op": "select", "pass": "forward", "impl": impl, "B": 1, "L": L, "Hr": 1, "Dr": 64, "S": 64, "K": 16,
+            "dtype": "float32", **timing.fields(), "tflops": round(tflops, 4),
+        }  # fmt: skip
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Milliseconds and rates, a line for each shape, pass and implementation."""
+    out = Table(title="Kernels", caption=f"matmul on the same threads: {1e3 * rows[0]['ceiling_tflops']:.0f} GFLOP/s")
+    for name in ("op", "L", "heads", "D", "K", "selection", "pass", "implementation"):
+        out.add_column(name)
+    for name in ("ms", "GFLOP/s", "of matmul"):
+        out.add_column(name, justify="right")
+    for row in rows:
+        heads = f"{row['Hq']}/{row['Hkv']}" if "Hq" in row else str(row["Hr"])
+        share = row["tflops"] / row["ceiling_tflops"]
+        out.add_row(
+            row["op"], str(row["L"]), heads, str(row.get("D", row.get("Dr"))), str(row["K"]), row.get("selection", ""),
+            row["pass"], row["impl"], f"{row['ms']:.2f}", f"{1e3 * row['tflops']:.1f}", f"{share:.0%}",
+        )  # fmt: skip
+    return out
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Attention's forward and backward rates by length, ours beside the peers, for the shapes with G = 16."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, pass_name in zip(axes, ("forward", "backward")):
+        picked = [r for r in rows if r["op"] == "attention" and r["pass"] == pass_name and r["Hkv"] == 1]
+        for impl, kind in sorted({(r["impl"], r["selection"]) for r in picked}):
+            line = [r for r in picked if (r["impl"], r["selection"]) == (impl, kind)]
+            style = "-" if kind == "local" else "--"
+            axis.plot(
+                [r["L"] for r in line], [1e3 * r["tflops"] for r in line], style, marker="o", label=f"{impl}, {kind}"
+            )
+        axis.axhline(1e3 * rows[0]["ceiling_tflops"], color="grey", linewidth=1, label="matmul")
+        axis.set(title=f"chunk attention, {pass_name}", xlabel="tokens", xscale="log", yscale="log")
+    axes[0].set_ylabel("GFLOP/s")
+    axes[1].legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path

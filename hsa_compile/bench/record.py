@@ -1,0 +1,103 @@
+"""How measurements are taken and kept: medians with spread, JSON Lines, one file a suite and device."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path("benchmarks/results")
+_PACKAGES = ("hsa-compile", "torch", "numpy", "onnxruntime", "apache-tvm")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of repeated runs."""
+
+    median: float
+    least: float
+    most: float
+
+    def fields(self) -> dict[str, float]:
+        """The keys of the committed format."""
+        return {"ms": self.median, "ms_min": self.least, "ms_max": self.most}
+
+
+def timed(run: Callable[[], object], seconds: float = 0.5, least: int = 3, most: int = 100) -> Timing:
+    """Runs once to warm up, then for about ``seconds``, at least ``least`` times."""
+    run()
+    times: list[float] = []
+    while len(times) < least or (sum(times) < seconds and len(times) < most):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return Timing(*(1e3 * f(times) for f in (statistics.median, min, max)))
+
+
+def cpu_name() -> str:
+    """The processor's full name and its cores."""
+    name = platform.processor() or platform.machine()
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = found.group(1) if found else name
+    except OSError:
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def device_folder() -> str:
+    """The device's folder under ``benchmarks/results``."""
+    return f"cpu-{os.cpu_count()}core"
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def common_keys(suite: str, seed: int) -> dict[str, Any]:
+    """What every measurement carries: enough to repeat it."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "suite": suite,
+        "device": cpu_name(),
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "command": " ".join(["hsa-compile", *sys.argv[1:]]),
+        "versions": versions,
+        "seed": seed,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def write_suite(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    """Replaces a suite's file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, path)
+    return path
+
+
+def matmul_tflops(size: int = 1024) -> float:
+    """PyTorch's float32 matrix-product rate on this machine's threads: the ceiling that kernels are held against."""
+    a = torch.randn(size, size)
+    return 2 * size**3 / timed(lambda: a @ a).least / 1e9

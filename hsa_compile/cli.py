@@ -1,0 +1,286 @@
+"""The command line. Every command is a few lines over a function that Python users call as well."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+app = typer.Typer(
+    help="Train, compile and deploy language models with hierarchical sparse attention.\n\n"
+    "The way through: [bold]train[/] a model, [bold]build[/] its kernels, [bold]export[/] it as a bundle, "
+    "[bold]run[/] that in ONNX Runtime, [bold]validate[/] that all agree, [bold]bench[/] how fast it is. "
+    "[bold]demo[/] goes all of it; [bold]doctor[/] says what is missing.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+)
+bench_app = typer.Typer(help="Measure models or kernels; saves JSON and a picture.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+# Tables that go to a file or a pipe are not squeezed into 80 columns.
+console = Console(width=None if Console().is_terminal else 110)
+
+Checkpoint = Annotated[Path, typer.Argument(help="Directory that `train` wrote.", show_default=False)]
+Bundle = Annotated[Path, typer.Argument(help="Directory that `export` wrote.", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
+TargetName = Annotated[str, typer.Option("--target", "-t", help="cpu:native, or a level such as cpu:x86-64-v3.")]
+Data = Annotated[Path | None, typer.Option(help="A text file or a directory of them. Default: a public-domain book.")]
+Seed = Annotated[int, typer.Option(help="Makes the run repeatable.")]
+
+# What users can cause and mend: told in a line, without a traceback. Looked up by name, so that the modules that
+# define them are not imported to say --help.
+_USER_ERRORS = {
+    "BuildError", "BundleError", "CheckpointError", "ConfigError", "DataError", "LibraryError", "ProblemError",
+    "TargetError",
+}  # fmt: skip
+_EXTRAS = {"torch": "train", "safetensors": "train", "matplotlib": "train", "onnx": "export", "onnxscript": "export"}
+
+
+@contextmanager
+def friendly() -> Iterator[None]:
+    """Turns errors that users can mend into one red line and exit code 1."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        _fail(f"this command needs {error.name}; install it with: pip install 'hsa-compile[{_EXTRAS[error.name]}]'")
+    except Exception as error:
+        if type(error).__name__ not in _USER_ERRORS:
+            raise
+        _fail(str(error))
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+@contextmanager
+def spinner(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with a line that changes; the function it gives sets the line."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(text)
+        yield lambda line: bar.update(task, description=escape(f"{text}: {line}"))
+
+
+@app.callback()
+def _setup(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what is built and why.")] = False,
+) -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("hsa_compile").setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+@app.command()
+def train(
+    output: Output = Path("runs/tiny"),
+    preset: Annotated[str, typer.Option(help="Shape of the model: tiny, 25m, 60m, 240m or 345m.")] = "tiny",
+    data: Data = None,
+    steps: Annotated[int | None, typer.Option(help="Updates. Default: the recipe's, minutes for tiny.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a sample.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Samples an update.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Train a model on text with hidden key-value pairs; writes a checkpoint, metrics and a loss plot."""
+    with friendly():
+        from hsa_compile.model.config import preset as preset_config
+        from hsa_compile.model.train import TrainConfig
+        from hsa_compile.model.train import train as run_training
+
+        given: dict[str, Any] = {"steps": steps, "length": length, "batch": batch}
+        config = TrainConfig(
+            out=str(output),
+            model=preset_config(preset),
+            data=None if data is None else str(data),
+            seed=seed,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        result = run_training(config)
+        console.print(f"loss {result.losses[0]:.3f} → {result.losses[-1]:.3f} in {result.seconds:.0f} s")
+        console.print(f"checkpoint {result.checkpoint}, loss plot {output / 'loss.png'}")
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a preset such as tiny.")] = "tiny",
+    target: TargetName = "cpu:native",
+    training: Annotated[bool, typer.Option(help="Also the backward passes.")] = True,
+) -> None:
+    """Compile the kernels that a model needs; they are kept and found again."""
+    with friendly():
+        from rich.table import Table
+
+        from hsa_compile.kernels import build_all
+        from hsa_compile.model.checkpoint import read_config
+        from hsa_compile.model.config import preset as preset_config
+
+        config = read_config(model)[0] if Path(model).exists() else preset_config(model)
+        table = Table("operator", "pass", "target", "library")
+        with spinner("compiling") as say:
+            for artifact in build_all(config, training, target):
+                say(f"{artifact.problem.op} {artifact.pass_name} is done")
+                table.add_row(artifact.problem.op, artifact.pass_name, artifact.target, str(artifact.library))
+        console.print(table)
+
+
+@app.command()
+def export(checkpoint: Checkpoint, output: Output = Path("runs/bundle"), target: TargetName = "cpu:native") -> None:
+    """Write a bundle: ONNX graph, operator library and description, for machines without PyTorch or a compiler."""
+    with friendly():
+        from hsa_compile.export import export_bundle
+        from hsa_compile.kernels import build_all
+        from hsa_compile.model.checkpoint import load_checkpoint
+
+        with spinner("exporting") as say:
+            model = load_checkpoint(checkpoint).eval()
+            say("kernels")
+            kernels = list(build_all(model.config, training=False, target=target))
+            say("graph")
+            export_bundle(model, output, kernels)
+        console.print(f"bundle {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+
+
+@app.command()
+def run(
+    bundle: Bundle,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens of this probability.")] = 1.0,
+    seed: Seed = 0,
+    fused: Annotated[bool, typer.Option(help="The bundle's kernels, or the graph's function bodies.")] = True,
+) -> None:
+    """Stream text from a bundle in ONNX Runtime."""
+    with friendly():
+        from hsa_compile.export import Session
+        from hsa_compile.model.tokenizer import ByteTokenizer
+
+        tokenizer = ByteTokenizer()
+        ids = tokenizer.encode(prompt)
+        if not ids:
+            _fail("the prompt is empty; give at least one character")
+        session = Session(bundle, fused=fused)
+        decoder = tokenizer.stream()
+        try:
+            tokens = session.generate(ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        except ValueError as error:
+            _fail(str(error))
+        console.print(prompt, end="", style="dim", highlight=False, markup=False)
+        for token in tokens:
+            print(decoder.push([token]), end="", flush=True)
+        print(decoder.finish())
+
+
+@app.command()
+def validate(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    data: Data = None,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also save the table as JSON Lines.")] = None,
+) -> None:
+    """Check that reference, eager, compiled and ONNX Runtime agree; exits with 1 where they don't."""
+    with friendly():
+        from hsa_compile import validate as parity
+        from hsa_compile.bench.record import write_suite
+        from hsa_compile.model.checkpoint import load_checkpoint
+        from hsa_compile.model.data import load_text, split_text
+
+        with spinner("validating") as say:
+            held_out = split_text(load_text(data))[1]
+            checks = parity.run(load_checkpoint(checkpoint).eval(), bundle, held_out, seed, say)
+        console.print(parity.table(checks))
+        if output is not None:
+            write_suite(output, parity.rows(checks, seed))
+        if failed := sum(not check.passed for check in checks):
+            _fail(f"{failed} of {len(checks)} comparisons failed")
+
+
+def _save(module: Any, rows: list[dict[str, Any]], output: Path, suite: str) -> None:
+    from hsa_compile.bench.record import write_suite
+
+    console.print(module.table(rows))
+    written = write_suite(output / f"{suite}.jsonl", rows)
+    console.print(f"{written}, {module.plot(rows, output / f'{suite}.png')}")
+
+
+@bench_app.command("models")
+def bench_models(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    output: Output = Path("runs/bench"),
+    longest: Annotated[int, typer.Option(min=1024, help="Longest context.")] = 32768,
+    seconds: Annotated[float, typer.Option(help="Time for all.")] = 60.0,
+    seed: Seed = 0,
+) -> None:
+    """Prefill and decode by length: eager, compiled, ONNX Runtime, and a dense model of the same size."""
+    with friendly():
+        from hsa_compile.bench import models
+        from hsa_compile.model.checkpoint import load_checkpoint
+
+        lengths = [1024 << i for i in range((longest // 1024).bit_length())]
+        with spinner("measuring") as say:
+            rows = models.run(load_checkpoint(checkpoint).eval(), bundle, lengths, seconds, seed, say)
+        _save(models, rows, output, "e2e")
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    output: Output = Path("runs/bench"),
+    lengths: Annotated[list[int] | None, typer.Option("--length", help="Tokens; may be given several times.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Rates of the operators on this CPU, beside eager gather + einsum and dense attention."""
+    with friendly():
+        from hsa_compile.bench import kernels
+
+        shapes = kernels.default_shapes(lengths) if lengths else kernels.default_shapes()
+        with spinner("measuring") as say:
+            rows = kernels.run(shapes, seed, say)
+        _save(kernels, rows, output, "kernels")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what this machine can do and what is missing."""
+    from hsa_compile.doctor import report
+
+    table, complete = report()
+    console.print(table)
+    if not complete:
+        _fail("something above is missing")
+
+
+@app.command()
+def demo(
+    output: Output = Path("runs/demo"),
+    data: Data = None,
+    steps: Annotated[int | None, typer.Option(help="Updates of the training; fewer for a quick look.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Go all of the way: train, build, export, run, validate, bench; ends with one screen."""
+    with friendly():
+        from hsa_compile.demo import run_demo
+        from hsa_compile.model.train import TrainConfig
+
+        config = TrainConfig(out=str(output / "checkpoint"), data=None if data is None else str(data), seed=seed)
+        if steps is not None:
+            config = dataclasses.replace(config, steps=steps)
+        if not run_demo(config, output, console, spinner):
+            _fail("the parity table has failures")
+
+
+if __name__ == "__main__":
+    app()

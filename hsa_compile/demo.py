@@ -1,0 +1,95 @@
+"""The main job, end to end: from a book to a served model, with what came of it on one screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from hsa_compile import validate
+from hsa_compile.bench import models
+from hsa_compile.bench.record import write_suite
+from hsa_compile.export import Session, export_bundle
+from hsa_compile.kernels import build_all
+from hsa_compile.model.data import load_text, split_text
+from hsa_compile.model.evaluate import Accuracy, retrieval_accuracy
+from hsa_compile.model.tokenizer import ByteTokenizer
+from hsa_compile.model.train import PLOT_NAME, TrainConfig, TrainResult, train
+
+Spinner = Callable[[str], AbstractContextManager[Callable[[str], None]]]
+
+MULTIPLES = (1, 4, 16)  # of the training length
+QUESTIONS = 64
+BENCH_SECONDS = 60.0
+PROMPT_BYTES, SAMPLE_TOKENS = 200, 200
+
+
+def run_demo(config: TrainConfig, output: Path, console: Console, spinner: Spinner) -> bool:
+    """Builds the kernels, trains on them, exports, samples, questions, validates and measures.
+
+    Args:
+        config: what to train; its ``out`` is the checkpoint's place.
+        output: directory of everything else: ``bundle``, ``parity.jsonl``, ``e2e.jsonl``, ``e2e.png``.
+
+    Returns:
+        Whether all parity checks passed.
+    """
+    started = time.perf_counter()
+    text = load_text(config.data)
+    with spinner("compiling kernels") as say:
+        for artifact in build_all(config.model):
+            say(f"{artifact.problem.op} {artifact.pass_name} is done")
+    result = train(config)
+    model = result.model.eval()
+    bundle = output / "bundle"
+    with spinner("exporting"):
+        export_bundle(model, bundle, list(build_all(model.config, training=False)))
+    sample = _sample(bundle, split_text(text)[1], console)
+    with spinner("asking for hidden values") as say:
+        accuracies = retrieval_accuracy(
+            model, [m * config.length for m in MULTIPLES], QUESTIONS, config.seed, text=split_text(text)[1],
+            progress=lambda a: say(f"{a.length:,} tokens: {a.rate:.0%}"),
+        )  # fmt: skip
+    with spinner("validating") as say:
+        checks = validate.run(model, bundle, split_text(text)[1], config.seed, say)
+    write_suite(output / "parity.jsonl", validate.rows(checks, config.seed))
+    with spinner("measuring") as say:
+        rows = models.run(model, bundle, seconds=BENCH_SECONDS, seed=config.seed, progress=say)
+    write_suite(output / "e2e.jsonl", rows)
+    plot = models.plot(rows, output / "e2e.png")
+    summary = _summary(config, result, accuracies, time.perf_counter() - started)
+    parts = (Text(sample), validate.table(checks), models.table(rows), summary, Text(f"speed plot  {plot}"))
+    console.print(Panel(Group(*parts), title="hsa-compile", expand=False))
+    return all(check.passed for check in checks)
+
+
+def _sample(bundle: Path, text: bytes, console: Console) -> str:
+    """Streams what ONNX Runtime makes of a few words of the held-out text, and returns it."""
+    tokenizer = ByteTokenizer()
+    prompt = tokenizer.decode(list(text[:PROMPT_BYTES]))
+    tokens = Session(bundle).generate(tokenizer.encode(prompt), SAMPLE_TOKENS, temperature=0.7, top_p=0.9)
+    console.print(prompt, end="", style="dim", highlight=False, markup=False)
+    decoder, pieces = tokenizer.stream(), []
+    for token in tokens:
+        pieces.append(decoder.push([token]))
+        print(pieces[-1], end="", flush=True)
+    print()
+    return f"… {prompt[-60:]}█{''.join(pieces)}"
+
+
+def _summary(config: TrainConfig, result: TrainResult, accuracies: dict[int, Accuracy], seconds: float) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("loss", f"{result.losses[0]:.3f} → {result.losses[-1]:.3f} in {result.seconds:.0f} s")
+    table.add_row("loss curve", str(Path(config.out) / PLOT_NAME))
+    for length, accuracy in accuracies.items():
+        low, high = accuracy.interval
+        times = f"{length // config.length}× the training length"
+        table.add_row(f"retrieval at {length:,} tokens", f"{accuracy.rate:.0%} ({low:.0%} … {high:.0%}), {times}")
+    table.add_row("all of it took", f"{seconds:.0f} s")
+    return table

@@ -1,0 +1,80 @@
+"""What this installation can do, and what is missing for the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import tempfile
+
+from rich.markup import escape
+from rich.table import Table
+
+from hsa_compile import __version__
+from hsa_compile.schedules import BuildError, TargetError, cache_directory, resolve
+from hsa_compile.schedules.builder import c_compiler
+
+# Package, what it is for, the extra that brings it (none: always installed).
+PACKAGES = (
+    ("numpy", "arrays", ""),
+    ("onnxruntime", "running bundles", ""),
+    ("torch", "training, eager models", "train"),
+    ("safetensors", "checkpoints", "train"),
+    ("matplotlib", "plots", "train"),
+    ("onnx", "export", "export"),
+    ("onnxscript", "export", "export"),
+    ("apache-tvm", "CPU kernels", "compile"),
+    ("tilelang", "GPU kernels", "cuda"),
+    ("triton", "GPU kernels without a build", "cuda"),
+)
+
+
+def report() -> tuple[Table, bool]:
+    """The table, and whether all that a CPU needs is there (GPU parts are optional)."""
+    table = Table(title=f"hsa-compile {__version__}, Python {platform.python_version()}")
+    for name in ("what", "found", "for", "if it is missing"):
+        table.add_column(name)
+    complete = True
+    for package, use, extra in PACKAGES:
+        try:
+            found = importlib.metadata.version(package)
+            hint = ""
+        except importlib.metadata.PackageNotFoundError:
+            found, hint = "–", f"pip install 'hsa-compile[{extra}]'"
+            complete &= extra == "cuda"
+        table.add_row(package, found, use, escape(hint))
+    for what, found, use, hint in (_compiler(), _cxx(), _target(), _cache()):
+        table.add_row(what, found or "–", use, "" if found else escape(hint))
+        complete &= bool(found)
+    return table, complete
+
+
+def _compiler() -> tuple[str, str, str, str]:
+    try:
+        return "C compiler", c_compiler(), "CPU kernels", ""
+    except BuildError as error:
+        return "C compiler", "", "CPU kernels", str(error)
+
+
+def _cxx() -> tuple[str, str, str, str]:
+    found = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))), "")
+    return "C++ compiler", found, "export with custom ops", "install one (Debian: apt install g++) or set CXX"
+
+
+def _target() -> tuple[str, str, str, str]:
+    try:
+        target = resolve("cpu:native")
+    except TargetError as error:
+        return "cpu:native", "", "CPU kernels", str(error)
+    return "cpu:native", f"{target.name}, {target.lanes} lanes, {os.cpu_count()} cores", "CPU kernels", ""
+
+
+def _cache() -> tuple[str, str, str, str]:
+    directory = cache_directory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return "kernel cache", str(directory), "kernels built once", ""
+    except OSError as error:
+        return "kernel cache", "", "kernels built once", f"{error}; set HSA_COMPILE_CACHE to a writable directory"

@@ -1,0 +1,31 @@
+"""Builds all kernels of a model at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from hsa_compile.ir import Problem
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.schedules import Artifact, build
+
+
+def required(config: ModelConfig, training: bool) -> list[tuple[Problem, str]]:
+    """(problem, pass) of every kernel that the model needs, for inference alone or for training too."""
+    wanted: list[tuple[Problem, str]] = [(problem, "forward") for problem in config.problems()]
+    if training:
+        wanted += [(problem, name) for problem in config.problems(training=True) for name in ("forward", "backward")]
+    return list(dict.fromkeys(wanted))
+
+
+def build_all(config: ModelConfig, training: bool = True, target: str = "cpu:native") -> Iterator[Artifact]:
+    """Yields the kernels as they are done, built side by side, one worker process a core.
+
+    Raises:
+        BuildError: one of them cannot be built.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(build, problem, name, target) for problem, name in required(config, training)]
+        for job in as_completed(jobs):
+            yield job.result()
