@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hsa_compile.export.bundle import BundleError
     from hsa_compile.export.library import LibraryError, build_library
-    from hsa_compile.export.package import export_bundle, kernel_problems
+    from hsa_compile.export.package import export_bundle
     from hsa_compile.export.session import Session
 
-__all__ = ["BundleError", "LibraryError", "Session", "build_library", "export_bundle", "kernel_problems"]
+__all__ = ["BundleError", "LibraryError", "Session", "build_library", "export_bundle"]
 
 _MODULES = {
     "BundleError": "bundle",
@@ -27,7 +27,6 @@ _MODULES = {
     "Session": "session",
     "build_library": "library",
     "export_bundle": "package",
-    "kernel_problems": "package",
 }
 
 

@@ -4,7 +4,7 @@
     libhsa_ops.so     the operators as compiled kernels for one kind of CPU (optional)
     bundle.json       format, model config, tokenizer, state, target, versions, and the SHA-256 of every file
 
-This module needs only the standard library.
+This module needs nothing that a bundle is made with.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from hsa_compile.schedules.target import TargetError, missing_features, resolve
 
 FORMAT = "hsa-compile bundle"
 FORMAT_VERSION = 1
@@ -39,35 +40,27 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
-class Target:
-    """The machine that the operator library runs on."""
-
-    system: str
-    machine: str
-    features: tuple[str, ...]
-
-    def check(self) -> None:
-        """Raises BundleError where the library would not load or crash."""
-        system, machine = platform.system(), platform.machine()
-        advice = "Export the bundle on a machine like this one, or open it with fused=False."
-        if (self.system, self.machine) != (system, machine):
-            raise BundleError(
-                f"the operator library is for {self.system} {self.machine}, this is {system} {machine}. {advice}"
-            )
-        if missing := sorted(set(self.features) - cpu_features()):
-            raise BundleError(f"the operator library needs the CPU features {', '.join(missing)}. {advice}")
-
-
-@dataclass(frozen=True)
 class Manifest:
-    """What ``bundle.json`` holds."""
+    """What ``bundle.json`` holds; ``target`` is the CPU level of the operator library, None without one."""
 
     model: dict[str, Any]
     tokenizer: dict[str, Any]
     state: tuple[TensorSpec, ...]
-    target: Target | None
+    target: str | None
     versions: dict[str, str]
     files: dict[str, str] = field(default_factory=dict)
+
+    def check_target(self) -> None:
+        """Raises BundleError where this machine cannot run the operator library."""
+        if self.target is None:
+            return
+        advice = "Export the bundle for this machine, or open it with fused=False."
+        try:
+            missing = missing_features(resolve(self.target))
+        except TargetError as error:
+            raise BundleError(f"the operator library is for another kind of machine: {error}. {advice}") from None
+        if missing:
+            raise BundleError(f"the operator library is for {self.target} and needs {', '.join(missing)}. {advice}")
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
@@ -80,13 +73,12 @@ class Manifest:
             BundleError: this is not a bundle's description, or one of another format version.
         """
         data = _parsed(text)
-        target = data["target"]
         try:
             return cls(
                 model=data["model"] | {name: int(data["model"][name]) for name in ("vocab_size", "chunk_size")},
                 tokenizer=dict(data["tokenizer"]),
                 state=tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data["state"]),
-                target=Target(target["system"], target["machine"], tuple(target["features"])) if target else None,
+                target=None if data["target"] is None else str(data["target"]),
                 versions=dict(data["versions"]),
                 files=dict(data["files"]),
             )
@@ -154,16 +146,3 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def cpu_features() -> set[str]:
-    """What this CPU can do, by the kernel's names; empty where the system does not say (other than Linux)."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    for line in text.splitlines():
-        name, _, flags = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return set(flags.split())
-    return set()

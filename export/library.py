@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hsa_compile.ir import ChunkSelect, Problem
+from hsa_compile.schedules.builder import compiler
 
 _STATICS = {
     "chunk_select": ("kv_heads", "retrieval_heads", "retrieval_dim", "chunk_size", "top_k", "window"),
@@ -55,7 +55,8 @@ def build_library(kernels: Sequence[KernelObjects], destination: Path) -> Path:
         ``destination``.
 
     Raises:
-        LibraryError: a kernel is not float32, two serve one problem, or there is no working C and C++ compiler.
+        LibraryError: a kernel is not float32, two serve one problem, or linking fails.
+        BuildError: there is no C or C++ compiler.
     """
     destination = Path(destination)
     table = kernel_table(kernels)
@@ -96,7 +97,7 @@ def _entry(kernel: KernelObjects) -> str:
 
 
 def _compile(scratch: Path, table: str, objects: Sequence[Path]) -> Path:
-    cc, cxx = _compiler("CC", "cc", "gcc", "clang"), _compiler("CXX", "c++", "g++", "clang++")
+    cc, cxx = compiler("C"), compiler("C++")
     native, host = (Path(str(resources.files(f"hsa_compile.{name}"))) for name in ("export.native", "schedules.host"))
     include = [f"-I{native}", f"-I{host}"]
     (scratch / "table.c").write_text(table)
@@ -118,19 +119,6 @@ def _compile(scratch: Path, table: str, objects: Sequence[Path]) -> Path:
         ]
     )
     return built
-
-
-def _compiler(variable: str, *candidates: str) -> list[str]:
-    """The compiler's command, from the environment or the first that is installed."""
-    if os.environ.get(variable):
-        return shlex.split(os.environ[variable])
-    for name in candidates:
-        if path := shutil.which(name):
-            return [path]
-    raise LibraryError(
-        f"no C/C++ compiler found (looked for {', '.join(candidates)}). "
-        f"Install one, for example with `apt install g++`, or set {variable}."
-    )
 
 
 def _run(command: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -12,25 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hsa_compile.export.bundle import GRAPH, LIBRARY, MANIFEST, BundleError, Manifest, Target, write_manifest
+from hsa_compile.export.bundle import GRAPH, LIBRARY, MANIFEST, BundleError, Manifest, write_manifest
 from hsa_compile.export.graph import EXTERNAL_DATA_ABOVE, export_graph, state_specs
 from hsa_compile.export.library import KernelObjects, LibraryError, build_library
-from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
-from hsa_compile.schedules.target import resolve
 
 BYTES_TOKENIZER = {"kind": "bytes"}
-
-
-def kernel_problems(config: ModelConfig) -> tuple[ChunkSelect, ChunkAttention]:
-    """The two problems that the model's operators pose at inference: what kernels a bundle of it needs."""
-    c = config
-    window = c.window if c.leave_window else 0
-    return (
-        ChunkSelect(c.hsa_kv_heads, c.retrieval_heads, c.retrieval_dim, c.chunk_size, c.top_k, window),
-        ChunkAttention(c.hsa_heads, c.hsa_kv_heads, c.hsa_head_dim, c.chunk_size, c.top_k, c.off_by_one),
-    )
 
 
 def export_bundle(
@@ -45,7 +32,7 @@ def export_bundle(
     Args:
         model: in float32, on the CPU.
         directory: the bundle; an existing bundle there is replaced, anything else is refused.
-        kernels: ``schedules.build`` of each of ``kernel_problems(model.config)``; without any, the bundle has no
+        kernels: ``schedules.build`` of each of ``model.config.problems()``; without any, the bundle has no
             library and runs by the operators' function bodies alone.
         tokenizer: plain data that says how text becomes ids; bytes by default.
         external_data_above: see ``graph.export_graph``.
@@ -83,17 +70,16 @@ def export_bundle(
 
 def _check_kernels(config: ModelConfig, kernels: Sequence[KernelObjects]) -> None:
     have = {kernel.problem for kernel in kernels}
-    if missing := [problem for problem in kernel_problems(config) if kernels and problem not in have]:
-        raise LibraryError(f"kernels given, but none for {', '.join(map(str, missing))}; see kernel_problems")
+    if missing := [problem for problem in config.problems() if kernels and problem not in have]:
+        raise LibraryError(f"kernels given, but none for {', '.join(map(str, missing))}; see ModelConfig.problems")
 
 
-def _target(kernels: Sequence[KernelObjects]) -> Target | None:
-    """What a machine needs to run all of the kernels."""
-    levels = [resolve(kernel.target) for kernel in kernels]
-    if len({level.machine for level in levels}) > 1:
-        raise LibraryError(f"kernels for different machines: {', '.join(sorted({k.target for k in kernels}))}")
-    features = frozenset().union(*(level.features for level in levels))
-    return Target(platform.system(), levels[0].machine, tuple(sorted(features))) if levels else None
+def _target(kernels: Sequence[KernelObjects]) -> str | None:
+    """The CPU level that the kernels were built for."""
+    names = sorted({kernel.target for kernel in kernels})
+    if len(names) > 1:
+        raise LibraryError(f"kernels for different machines: {', '.join(names)}")
+    return names[0] if names else None
 
 
 def _replace(made: Path, directory: Path, scratch: Path) -> None:

@@ -201,8 +201,7 @@ def _runtime(directory: Path, manifest: Manifest, fused: bool, threads: int | No
         options.intra_op_num_threads = threads
     try:
         if fused:
-            if manifest.target is not None:
-                manifest.target.check()
+            manifest.check_target()
             options.register_custom_ops_library(str(directory / LIBRARY))
         return ort.InferenceSession(str(directory / GRAPH), options, providers=["CPUExecutionProvider"])
     except BundleError:

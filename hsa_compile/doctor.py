@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 import tempfile
+from typing import Literal
 
 from rich.markup import escape
 from rich.table import Table
 
 from hsa_compile import __version__
 from hsa_compile.schedules import BuildError, TargetError, cache_directory, resolve
-from hsa_compile.schedules.builder import c_compiler
+from hsa_compile.schedules.builder import compiler
 
 # Package, what it is for, the extra that brings it (none: always installed).
 PACKAGES = (
@@ -44,22 +44,18 @@ def report() -> tuple[Table, bool]:
             found, hint = "–", f"pip install 'hsa-compile[{extra}]'"
             complete &= extra == "cuda"
         table.add_row(package, found, use, escape(hint))
-    for what, found, use, hint in (_compiler(), _cxx(), _target(), _cache()):
+    compilers = _compiler("C", "CPU kernels"), _compiler("C++", "export with custom ops")
+    for what, found, use, hint in (*compilers, _target(), _cache()):
         table.add_row(what, found or "–", use, "" if found else escape(hint))
         complete &= bool(found)
     return table, complete
 
 
-def _compiler() -> tuple[str, str, str, str]:
+def _compiler(language: Literal["C", "C++"], use: str) -> tuple[str, str, str, str]:
     try:
-        return "C compiler", c_compiler(), "CPU kernels", ""
+        return f"{language} compiler", " ".join(compiler(language)), use, ""
     except BuildError as error:
-        return "C compiler", "", "CPU kernels", str(error)
-
-
-def _cxx() -> tuple[str, str, str, str]:
-    found = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))), "")
-    return "C++ compiler", found, "export with custom ops", "install one (Debian: apt install g++) or set CXX"
+        return f"{language} compiler", "", use, str(error)
 
 
 def _target() -> tuple[str, str, str, str]:

@@ -14,12 +14,14 @@ import importlib.util
 import json
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import filelock
 import platformdirs
@@ -75,17 +77,25 @@ def cache_directory() -> Path:
     return Path(override) if override else Path(platformdirs.user_cache_dir("hsa-compile"))
 
 
-def c_compiler() -> str:
-    """The C compiler: ``$CC``, or cc, gcc or clang on the path.
+def compiler(language: Literal["C", "C++"]) -> list[str]:
+    """The compiler's command: ``$CC`` or ``$CXX``, else the first that is installed.
 
     Raises:
         BuildError: there is none.
     """
-    for name in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
-        found = shutil.which(name)
-        if found:
-            return found
-    raise BuildError("no C compiler found; install one (Debian: apt install gcc) or point the CC variable at it")
+    variable, package, names = {
+        "C": ("CC", "gcc", ("cc", "gcc", "clang")),
+        "C++": ("CXX", "g++", ("c++", "g++", "clang++")),
+    }[language]
+    if os.environ.get(variable):
+        return shlex.split(os.environ[variable])
+    for name in names:
+        if path := shutil.which(name):
+            return [path]
+    raise BuildError(
+        f"no {language} compiler found (looked for {', '.join(names)}); "
+        f"install one (Debian: apt install {package}) or point the {variable} variable at it"
+    )
 
 
 def compiler_version() -> str | None:
@@ -142,7 +152,7 @@ def build(problem: Problem, pass_name: str = "forward", target: str = "cpu:nativ
         return artifact
     if compiler_version() is None:
         raise BuildError("Apache TVM is not installed; install it with: pip install 'hsa-compile[compile]'")
-    c_compiler()
+    compiler("C")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(directory.with_suffix(".lock")):

@@ -63,8 +63,8 @@ def machine_features() -> frozenset[str]:
 
 def missing_features(target: CpuTarget) -> list[str]:
     """What this machine lacks to run the target; empty if it can."""
-    if platform.machine() != target.machine:
-        return [f"a {target.machine} CPU (this is {platform.machine()})"]
+    if (platform.system(), platform.machine()) != ("Linux", target.machine):
+        return [f"Linux on {target.machine} (this is {platform.system()} on {platform.machine()})"]
     return sorted(target.features - machine_features())
 
 

@@ -17,7 +17,7 @@ from tvm import tirx
 
 from hsa_compile.ir import Problem, problem_from_dict
 from hsa_compile.ir.programs import CpuTile, Program
-from hsa_compile.schedules.builder import c_compiler
+from hsa_compile.schedules.builder import compiler
 from hsa_compile.schedules.glue import glue_source
 from hsa_compile.schedules.target import CpuTarget, resolve
 
@@ -65,7 +65,7 @@ def main(directory: Path, request: dict[str, Any]) -> str:
     lower(program, prefix, resolve(request["target"])).write_to_file(str(directory / "program.o"), "o")
     symbol, source = glue_source(program, problem, request["pass"], prefix)
     (directory / "glue.c").write_text(source)
-    compile_c = [c_compiler(), "-O2", "-fPIC", "-std=c11", f"-I{HOST}"]
+    compile_c = [*compiler("C"), "-O2", "-fPIC", "-std=c11", f"-I{HOST}"]
     commands = [
         [*compile_c, "-c", "glue.c", "-o", "glue.o"],
         [*compile_c, "-shared", "program.o", "glue.o", str(HOST / "execute.c"), "-o", "kernel.so", "-lm"],

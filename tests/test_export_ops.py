@@ -15,7 +15,7 @@ from export_kit import NaiveKernel, attention_inputs, naive_kernel, problem_sess
 from hsa_compile.dispatch import use_backend
 from hsa_compile.export.library import LibraryError, build_library, kernel_table
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
-from hsa_compile.schedules import build
+from hsa_compile.schedules import BuildError, build
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -199,7 +199,7 @@ def test_foreign_kernels_are_refused(foreign: dict[str, str], message: str, tmp_
 def test_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(LibraryError, match="apt install g"):
+    with pytest.raises(BuildError, match="apt install g"):
         build_library([naive_stand_in(SELECTS[0])], tmp_path / "lib.so")
     assert list(tmp_path.iterdir()) == []
 

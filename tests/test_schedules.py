@@ -104,7 +104,7 @@ def test_missing_compilers_are_named(cache: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(builder, "compiler_version", lambda: "0")
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(BuildError, match="no C compiler found; install one"):
+    with pytest.raises(BuildError, match="no C compiler found"):
         build(PROBLEM)
 
 
