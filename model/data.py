@@ -1,7 +1,7 @@
 """Text to train on, and key-value retrieval samples hidden in it.
 
-A pair is written ``{kq:7314}`` and asked for by ``?kq:``, whose answer is the pair's value ``7314``. Everything drawn
-here is a function of a seed alone.
+A pair is written ``{kq:7314}``. It is asked for by writing its beginning again, ``{kq:``, whose answer is the value
+``7314``: what follows the same words elsewhere, far outside any window. Everything drawn here is a function of a seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 KEY_LETTERS, VALUE_DIGITS = 2, 4
 PAIR_BYTES = len("{kq:7314}")
-QUERY_BYTES = len("?kq:")
+QUERY_BYTES = len("{kq:")
 MIN_TEXT_BYTES = 4096
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".json", ".csv", ".tex")
 
@@ -131,40 +131,49 @@ def text_sample(rng: random.Random, text: bytes, length: int) -> Sample:
 
 
 def retrieval_sample(
-    rng: random.Random, text: bytes, length: int, pairs: int, queries: int, answer_weight: float
+    rng: random.Random, text: bytes, length: int, pairs: int, fill: float, answer_weight: float
 ) -> Sample:
-    """An excerpt with pairs in it, each before its queries, and queries with their answers anywhere after.
+    """An excerpt with 1 to ``pairs`` pairs in it, repeated at uniform places until they fill ``fill`` of the sample.
 
-    The loss is ``answer_weight`` on the answers, 1 on the text, and 0 on keys and values, which cannot be foreseen.
+    Where a pair comes again its value can be known. The loss there is ``answer_weight``; it is 1 on the text, and 0 on
+    braces, keys and values that come for the first time, which cannot be foreseen.
 
     Raises:
-        DataError: the inserts do not fit into the length.
+        DataError: the pairs do not fit into the length.
     """
-    room = length + 1 - pairs * PAIR_BYTES - queries * (QUERY_BYTES + VALUE_DIGITS)
-    if room < 1 or pairs < 1:
-        raise DataError(f"{pairs} pairs and {queries} queries do not fit into {length} tokens; ask for fewer")
-    keys = _distinct_keys(rng, pairs)
-    inserts: list[bytes] = []
-    values: dict[str, str] = {}
-    # The kinds in random order, but for the first, which must be a pair.
-    for is_pair in [True, *rng.sample([True, False], pairs + queries - 1, counts=[pairs - 1, queries])]:
-        if is_pair:
-            key = keys[len(values)]
-            values[key] = _value(rng)
-            inserts.append(f"{{{key}:{values[key]}}}".encode())
-        else:
-            key = rng.choice(list(values))
-            inserts.append(f"?{key}:{values[key]}".encode())
+    inserts = int((length + 1) * fill) // PAIR_BYTES
+    if pairs < 1 or inserts < pairs:
+        raise DataError(f"{pairs} pairs do not fit into {fill:.0%} of {length} tokens; ask for fewer")
+    keys = _distinct_keys(rng, rng.randint(1, pairs))
+    order = _asking_order(rng, len(keys), inserts)
+    values = [_value(rng) for _ in keys]
+    excerpt = _excerpt(rng, text, length + 1 - inserts * PAIR_BYTES)
     ids, weights = bytearray(), []
-    for piece, number in _weave(rng, _excerpt(rng, text, room), inserts):
+    known: set[int] = set()
+    for piece, number in _weave(rng, excerpt, [f"{{{keys[i]}:{values[i]}}}".encode() for i in order]):
         ids += piece
         if number < 0:
             weights += [1.0] * len(piece)
-        elif piece.startswith(b"?"):
-            weights += [0.0] * QUERY_BYTES + [answer_weight] * VALUE_DIGITS
-        else:
-            weights += [0.0] * len(piece)
+            continue
+        answer = answer_weight if order[number] in known else 0.0
+        weights += [0.0] * QUERY_BYTES + [answer] * VALUE_DIGITS + [0.0]
+        known.add(order[number])
     return Sample(list(ids), weights[1:])
+
+
+def _asking_order(rng: random.Random, pairs: int, inserts: int) -> list[int]:
+    """Which pair each insert writes: new ones come at random times, repeated are those that were so the least often."""
+    repeats = inserts - pairs
+    order, times = [0], [0]
+    for is_new in rng.sample([True, False], inserts - 1, counts=[pairs - 1, repeats]):
+        if is_new:
+            times.append(0)
+            order.append(len(times) - 1)
+        else:
+            least = min(times)
+            order.append(rng.choice([i for i, count in enumerate(times) if count == least]))
+            times[order[-1]] += 1
+    return order
 
 
 def question(rng: random.Random, text: bytes, length: int, distractors: int) -> tuple[bytes, bytes]:
@@ -183,7 +192,7 @@ def question(rng: random.Random, text: bytes, length: int, distractors: int) -> 
     pairs = [f"{{{key}:{value}}}".encode() for key, value in zip(keys, values)]
     rng.shuffle(pairs)
     prompt = b"".join(piece for piece, _ in _weave(rng, _excerpt(rng, text, room), pairs))
-    return prompt + f"?{keys[0]}:".encode(), values[0].encode()
+    return prompt + f"{{{keys[0]}:".encode(), values[0].encode()
 
 
 def stack(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,8 +16,6 @@ from hsa_compile.model.hsa import ChunkEncoder, HsaLayer, Memory
 from hsa_compile.model.layers import SlidingWindow, SwaLayer, rms_norm
 from hsa_compile.model.state import State
 
-INIT_STD = 0.02
-
 
 class UpperGroup(nn.Module):
     """One retrieval with its HSA sub-layer, then sliding-window layers."""
@@ -45,13 +43,14 @@ class HsaModel(nn.Module):
             self.head.weight = self.embedding.weight
 
     def _initialize(self) -> None:
-        """Normal weights; those that add to the residual stream are scaled down by the number of additions."""
+        """Normal weights that keep the scale of what they multiply; those that add to the residual stream are scaled
+        down by the number of additions."""
         c = self.config
         additions = 2 * (c.lower_layers + c.upper_layers) + 2 * c.n_groups
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1 or name.endswith("cls"):
                 adds = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=INIT_STD / (additions**0.5 if adds else 1.0))
+                nn.init.normal_(parameter, std=(parameter.shape[-1] * (additions if adds else 1)) ** -0.5)
 
     def swa_layers(self) -> list[SwaLayer]:
         """All sliding-window layers from bottom to top: the order of ``State.swa_k``."""

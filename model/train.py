@@ -33,11 +33,14 @@ class TrainConfig:
         model: the model's shape.
         data: a text file or a directory of them; by default a book.
         steps, batch, length: updates, samples an update, tokens a sample.
+        short_part, short_length: the first part of the updates is on samples of this length, as many tokens an update.
+            Finding a pair among few chunks comes much sooner, and carries over.
         lr, min_lr, warmup: peak and last learning rate of a cosine schedule, and steps up to the peak.
         weight_decay: of matrices; vectors and the embedding have none.
         clip: largest norm of the gradient.
         text_share: part of every batch that is plain text; the rest hides pairs and asks for them.
-        pairs, queries: in a retrieval sample.
+        pairs: at most, in a retrieval sample of ``length`` tokens; fewer in short ones.
+        fill: part of a retrieval sample that is pairs and their repetitions.
         answer_weight: of an answer's byte in the loss; a byte of text has 1.
         eval_every: steps between held-out losses.
         seed: of weights and data.
@@ -52,18 +55,20 @@ class TrainConfig:
     out: str = "runs/tiny"
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     data: str | None = None
-    steps: int = 1500
-    batch: int = 8
+    steps: int = 2400
+    batch: int = 4
     length: int = 256
-    lr: float = 3e-3
-    min_lr: float = 1e-4
-    warmup: int = 50
+    short_part: float = 0.75
+    short_length: int = 128
+    lr: float = 2e-3
+    min_lr: float = 2e-4
+    warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
     text_share: float = 0.25
-    pairs: int = 6
-    queries: int = 8
-    answer_weight: float = 4.0
+    pairs: int = 8
+    fill: float = 0.7
+    answer_weight: float = 10.0
     eval_every: int = 100
     seed: int = 0
     threads: int = 0
@@ -71,11 +76,14 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "length", "warmup", "pairs", "queries", "eval_every"):
+        for name in ("steps", "batch", "length", "short_length", "warmup", "pairs", "eval_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 <= self.text_share <= 1:
-            raise ConfigError(f"text_share must lie in 0 … 1, got {self.text_share}")
+        for name in ("short_part", "text_share", "fill"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in 0 … 1, got {getattr(self, name)}")
+        if self.short_length > self.length:
+            raise ConfigError(f"short_length ({self.short_length}) must not exceed length ({self.length})")
         for name in ("lr", "clip", "answer_weight"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -145,14 +153,14 @@ class _Run:
         self.step, self.interrupted = 0, False
         self.losses: list[float] = []
         self.held_out: list[tuple[int, float]] = []
-        self.seconds = 0.0
+        self.seconds, self.tokens = 0.0, 0
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.metrics = (self.out / METRICS_NAME).open("w", encoding="utf-8")
 
     @property
     def tokens_per_second(self) -> float:
-        return self.step * self.config.batch * self.config.length / max(self.seconds, 1e-9)
+        return self.tokens / max(self.seconds, 1e-9)
 
     def update(self) -> None:
         """One step of the optimizer, and the held-out loss where it is due."""
@@ -167,6 +175,7 @@ class _Run:
         self.optimizer.step()
         self.losses.append(loss.item())
         self.step += 1
+        self.tokens += ids.numel()
         self.seconds += time.perf_counter() - started
         record: dict[str, Any] = {"step": self.step, "loss": self.losses[-1], "grad_norm": float(norm)}
         record |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 3)}
@@ -178,10 +187,12 @@ class _Run:
 
     def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
-        plain = round(c.batch * c.text_share)
-        samples: list[Sample] = [text_sample(self.rng, self.text, c.length) for _ in range(plain)]
-        for _ in range(c.batch - plain):
-            samples.append(retrieval_sample(self.rng, self.text, c.length, c.pairs, c.queries, c.answer_weight))
+        length = c.short_length if self.step < c.short_part * c.steps else c.length
+        batch, pairs = c.batch * c.length // length, max(1, c.pairs * length // c.length)
+        plain = round(batch * c.text_share)
+        samples: list[Sample] = [text_sample(self.rng, self.text, length) for _ in range(plain)]
+        for _ in range(batch - plain):
+            samples.append(retrieval_sample(self.rng, self.text, length, pairs, c.fill, c.answer_weight))
         ids, targets, weights = (x.to(c.device) for x in stack(samples))
         return ids, targets, weights
 

@@ -71,26 +71,22 @@ def test_split_leaves_the_end_out() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_retrieval_sample_asks_only_for_what_came_before(seed: int) -> None:
-    sample = retrieval_sample(random.Random(seed), TEXT, 300, pairs=6, queries=8, answer_weight=4.0)
-    again = retrieval_sample(random.Random(seed), TEXT, 300, pairs=6, queries=8, answer_weight=4.0)
+    sample, again = (retrieval_sample(random.Random(seed), TEXT, 300, 8, 0.7, 4.0) for _ in range(2))
     assert sample == again
     assert len(sample.ids) == 301
     assert len(sample.weights) == 300
     ids, known, asked = bytes(sample.ids), {}, 0
     weights = [1.0, *sample.weights]
-    for match in re.finditer(rb"\{(\w\w):(\d{4})\}|\?(\w\w):(\d{4})", ids):
-        key, value, query, answer = match.groups()
-        span = weights[match.start() : match.end()]
-        if key:
-            known[key] = value
-            assert all(weight == 0 for weight in span[1:])
-        else:
-            asked += 1
-            assert known[query] == answer
-            assert span[-4:] == [4.0] * 4
-            assert not any(span[1:4])
-    assert len(known) == 6
-    assert asked == 8
+    for match in re.finditer(rb"\{(\w\w):(\d{4})\}", ids):
+        key, value = match.groups()
+        answer = 4.0 if key in known else 0.0
+        inside = range(match.start() + (match.start() == 0), match.end())
+        assert [weights[i] for i in inside][-5:] == [answer] * 4 + [0.0]
+        assert not any(weights[i] for i in list(inside)[:-5])
+        assert known.setdefault(key, value) == value
+        asked += answer > 0
+    assert 1 <= len(known) <= 8
+    assert len(known) + asked == 301 * 7 // 10 // 9
 
 
 def test_short_texts_are_repeated() -> None:
@@ -109,7 +105,7 @@ def test_question_has_one_answer_at_uniform_places() -> None:
         pairs = dict(re.findall(rb"\{(\w\w):(\d{4})\}", prompt))
         assert len(pairs) == 6
         key = prompt[-3:-1]
-        assert prompt[-4:] == b"?" + key + b":"
+        assert prompt[-4:] == b"{" + key + b":"
         assert pairs[key] == value
         places.append(prompt.index(b"{" + key))
     quarters = [sum(1 for place in places if 250 * i <= place < 250 * (i + 1)) for i in range(4)]
@@ -118,8 +114,8 @@ def test_question_has_one_answer_at_uniform_places() -> None:
 
 def test_samples_that_cannot_fit() -> None:
     rng = random.Random(0)
-    with pytest.raises(DataError, match="do not fit into 50"):
-        retrieval_sample(rng, TEXT, 50, pairs=6, queries=1, answer_weight=1.0)
+    with pytest.raises(DataError, match="do not fit into 50% of 90"):
+        retrieval_sample(rng, TEXT, 90, pairs=6, fill=0.5, answer_weight=1.0)
     with pytest.raises(DataError, match="do not fit into 20 bytes"):
         question(rng, TEXT, 20, distractors=3)
     with pytest.raises(DataError, match="only 676 keys"):

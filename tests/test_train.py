@@ -26,7 +26,7 @@ SMALL = ModelConfig(
 @pytest.fixture
 def recipe(tmp_path: Path) -> TrainConfig:
     return TrainConfig(
-        out=str(tmp_path / "run"), model=SMALL, steps=40, batch=4, length=96, warmup=5, pairs=2, queries=2,
+        out=str(tmp_path / "run"), model=SMALL, steps=40, batch=4, length=96, short_length=48, warmup=5, pairs=2,
         eval_every=20, progress=False,
     )  # fmt: skip
 
@@ -74,7 +74,9 @@ def test_an_interrupt_saves_what_there_is(recipe: TrainConfig, monkeypatch: pyte
     load_checkpoint(result.checkpoint)
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"text_share": 2.0}, {"lr": 0.0}, {"answer_weight": -1.0}])
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"text_share": 2.0}, {"short_length": 400}, {"lr": 0.0}, {"answer_weight": -1.0}]
+)
 def test_recipes_that_cannot_work(recipe: TrainConfig, change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         dataclasses.replace(recipe, **change)  # type: ignore[arg-type]
@@ -85,7 +87,7 @@ def test_data_that_does_not_fit(recipe: TrainConfig, tmp_path: Path) -> None:
         train(dataclasses.replace(recipe, data=str(tmp_path / "none.txt")))
     with pytest.raises(ConfigError, match="at least 256"):
         train(dataclasses.replace(recipe, model=dataclasses.replace(SMALL, vocab_size=100)))
-    with pytest.raises(DataError, match="do not fit into 96"):
+    with pytest.raises(DataError, match="do not fit into 70% of 48"):
         train(dataclasses.replace(recipe, pairs=20))
 
 
