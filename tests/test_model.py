@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from hsa_compile.dispatch import use_backend
 from hsa_compile.model.config import ConfigError, ModelConfig, preset
 from hsa_compile.model.hsa import ChunkEncoder, HsaLayer, Memory, slot_weights
 from hsa_compile.model.layers import SlidingWindow, SwaLayer, attend, rotate, rotations
@@ -19,6 +21,18 @@ SMALL = ModelConfig(
     swa_head_dim=8, window=7, chunk_size=4, hsa_heads=4, hsa_kv_heads=2, hsa_head_dim=8, retrieval_heads=2,
     retrieval_dim=8, top_k=3, train_top_k=2,
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def light() -> Iterator[None]:
+    """No kernels, which have tests of their own, and one thread: sizes this small gain by neither."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with use_backend("eager"):
+        yield
+    torch.set_num_threads(threads)
+
+
 VARIANTS = {
     "default": SMALL,
     "stick-breaking": dataclasses.replace(SMALL, weights="stick-breaking", retrieval_heads=1),
