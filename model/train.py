@@ -82,8 +82,6 @@ class TrainConfig:
         for name in ("short_part", "text_share", "fill"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in 0 … 1, got {getattr(self, name)}")
-        if self.short_length > self.length:
-            raise ConfigError(f"short_length ({self.short_length}) must not exceed length ({self.length})")
         for name in ("lr", "clip", "answer_weight"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
@@ -187,7 +185,7 @@ class _Run:
 
     def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
-        length = c.short_length if self.step < c.short_part * c.steps else c.length
+        length = min(c.short_length, c.length) if self.step < c.short_part * c.steps else c.length
         batch, pairs = c.batch * c.length // length, max(1, c.pairs * length // c.length)
         plain = round(batch * c.text_share)
         samples: list[Sample] = [text_sample(self.rng, self.text, length) for _ in range(plain)]
