@@ -26,7 +26,7 @@ Spinner = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 
 MULTIPLES = (1, 4, 16)  # of the training length
 QUESTIONS = 64
-BENCH_SECONDS = 60.0
+BENCH_SECONDS = 40.0
 PROMPT_BYTES, SAMPLE_TOKENS = 200, 200
 
 

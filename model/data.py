@@ -1,7 +1,7 @@
 """Text to train on, and key-value retrieval samples hidden in it.
 
-A pair is written ``{kq:7314}``. It is asked for by writing its beginning again, ``{kq:``, whose answer is the value
-``7314``: what follows the same words elsewhere, far outside any window. Everything drawn here is a function of a seed.
+A pair is written ``{kq:731}``. It is asked for by writing its beginning again, ``{kq:``, whose answer is the value
+``731``: what follows the same words elsewhere, far outside any window. Everything drawn here is a function of a seed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-KEY_LETTERS, VALUE_DIGITS = 2, 4
-PAIR_BYTES = len("{kq:7314}")
+KEY_LETTERS, VALUE_DIGITS = 2, 3
+PAIR_BYTES = len("{kq:731}")
 QUERY_BYTES = len("{kq:")
 MIN_TEXT_BYTES = 4096
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".json", ".csv", ".tex")

@@ -20,8 +20,23 @@ from hsa_compile.model.config import ModelConfig
 NORM_EPS = 1e-6
 
 
-def rms_norm(width: int) -> nn.RMSNorm:
-    return nn.RMSNorm(width, eps=NORM_EPS)
+class RmsNorm(nn.RMSNorm):
+    """``x / sqrt(mean(x²) + eps) * weight``.
+
+    PyTorch's own is composed of slow pieces on a CPU, two fifths of a small model's training step; this form takes half
+    of its time there.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+        if not plain or torch.compiler.is_exporting():
+            return super().forward(x)
+        mean_square = torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1]
+        return (x * self.weight) * torch.rsqrt(mean_square + NORM_EPS)
+
+
+def rms_norm(width: int) -> RmsNorm:
+    return RmsNorm(width, eps=NORM_EPS)
 
 
 def rotations(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -55,13 +55,13 @@ class TrainConfig:
     out: str = "runs/tiny"
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     data: str | None = None
-    steps: int = 2400
+    steps: int = 2800
     batch: int = 4
     length: int = 256
     short_part: float = 0.75
     short_length: int = 128
-    lr: float = 2e-3
-    min_lr: float = 2e-4
+    lr: float = 3e-3
+    min_lr: float = 1e-4
     warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0

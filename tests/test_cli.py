@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from hsa_compile.bench import kernels
 from hsa_compile.cli import app
 
 BENCH_KEYS = {
@@ -95,7 +96,9 @@ def test_bench_models_saves_json_and_picture(checkpoint: Path, bundle: Path, tmp
 
 
 @pytest.mark.needs_compiler
-def test_bench_kernels_checks_before_it_times(tmp_path: Path) -> None:
+def test_bench_kernels_checks_before_it_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [kernels.Shape(256, 8, 2, 64, 4, selection=kind) for kind in ("local", "random")]
+    monkeypatch.setattr(kernels, "default_shapes", lambda lengths: shapes)
     output = call("bench", "kernels", "--length", 256, "--output", tmp_path).output
     rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
     ours = [row for row in rows if row["impl"] == "ours" and row["op"] == "attention" and row["pass"] == "forward"]

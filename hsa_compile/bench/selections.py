@@ -28,12 +28,11 @@ def synthetic_selection(B: int, L: int, Hkv: int, K: int, S: int, kind: Selectio
         shared = draws[:, ::NEIGHBOURS].repeat_interleave(NEIGHBOURS, 1)[:, :L]
         keep = torch.rand(B, L, Hkv, K, generator=g) < KEEP
         draws = torch.where(keep, shared, draws)
-    # K sorted draws from the visible chunks less K - 1, spread by their rank: distinct and within bounds.
-    room = (visible - (K - 1)).clamp(min=1)
+    # Sorted, then duplicates pushed to the next free chunk, and back below the visible bound.
     rank = torch.arange(K)
-    index = (draws.sort(-1).values * room).long() + rank
-    index = torch.where(visible >= K, index, rank.expand(index.shape))
-    return torch.where(index < visible, index, -1).flip(-1).sort(-1, descending=True).values.to(torch.int32)
+    index = (draws * visible).long().sort(-1).values
+    index = torch.minimum((index - rank).cummax(-1).values + rank, visible - K + rank)
+    return torch.where(index >= 0, index, -1).flip(-1).to(torch.int32)
 
 
 def union_ratio(indices: Tensor, tokens: int = 8) -> float:
