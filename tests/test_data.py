@@ -11,6 +11,10 @@ import pytest
 import torch
 
 from hsa_compile.model.data import (
+    KEY_LETTERS,
+    PAIR_BYTES,
+    QUERY_BYTES,
+    VALUE_DIGITS,
     DataError,
     load_text,
     question,
@@ -21,6 +25,7 @@ from hsa_compile.model.data import (
 )
 
 TEXT = bytes(range(65, 91)) * 400
+PAIR = rb"\{(\w{%d}):(\d{%d})\}" % (KEY_LETTERS, VALUE_DIGITS)
 
 
 def test_default_text_is_a_book() -> None:
@@ -77,16 +82,16 @@ def test_retrieval_sample_asks_only_for_what_came_before(seed: int) -> None:
     assert len(sample.weights) == 300
     ids, known, asked = bytes(sample.ids), {}, 0
     weights = [1.0, *sample.weights]
-    for match in re.finditer(rb"\{(\w\w):(\d{4})\}", ids):
+    for match in re.finditer(PAIR, ids):
         key, value = match.groups()
         answer = 4.0 if key in known else 0.0
-        inside = range(match.start() + (match.start() == 0), match.end())
-        assert [weights[i] for i in inside][-5:] == [answer] * 4 + [0.0]
-        assert not any(weights[i] for i in list(inside)[:-5])
+        first = match.start()
+        assert weights[first + QUERY_BYTES : match.end()] == [answer] * VALUE_DIGITS + [0.0]
+        assert not any(weights[max(1, first) : first + QUERY_BYTES])
         assert known.setdefault(key, value) == value
         asked += answer > 0
     assert 1 <= len(known) <= 8
-    assert len(known) + asked == 301 * 7 // 10 // 9
+    assert len(known) + asked == 301 * 7 // 10 // PAIR_BYTES
 
 
 def test_short_texts_are_repeated() -> None:
@@ -102,10 +107,10 @@ def test_question_has_one_answer_at_uniform_places() -> None:
     for seed in range(200):
         prompt, value = question(random.Random(seed), TEXT, 1000, distractors=5)
         assert len(prompt) == 1000
-        pairs = dict(re.findall(rb"\{(\w\w):(\d{4})\}", prompt))
+        pairs = dict(re.findall(PAIR, prompt))
         assert len(pairs) == 6
-        key = prompt[-3:-1]
-        assert prompt[-4:] == b"{" + key + b":"
+        key = prompt[-KEY_LETTERS - 1 : -1]
+        assert prompt[-QUERY_BYTES:] == b"{" + key + b":"
         assert pairs[key] == value
         places.append(prompt.index(b"{" + key))
     quarters = [sum(1 for place in places if 250 * i <= place < 250 * (i + 1)) for i in range(4)]
@@ -114,9 +119,9 @@ def test_question_has_one_answer_at_uniform_places() -> None:
 
 def test_samples_that_cannot_fit() -> None:
     rng = random.Random(0)
-    with pytest.raises(DataError, match="do not fit into 50% of 90"):
-        retrieval_sample(rng, TEXT, 90, pairs=6, fill=0.5, answer_weight=1.0)
+    with pytest.raises(DataError, match="do not fit into 50% of 60"):
+        retrieval_sample(rng, TEXT, 60, pairs=6, fill=0.5, answer_weight=1.0)
     with pytest.raises(DataError, match="do not fit into 20 bytes"):
         question(rng, TEXT, 20, distractors=3)
-    with pytest.raises(DataError, match="only 676 keys"):
+    with pytest.raises(DataError, match=f"only {26**KEY_LETTERS} keys"):
         question(rng, TEXT, 20_000, distractors=700)

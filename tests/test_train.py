@@ -45,7 +45,7 @@ def recipe(tmp_path: Path) -> TrainConfig:
 
 def test_training_reduces_the_loss_and_leaves_its_files(recipe: TrainConfig) -> None:
     result = train(recipe)
-    assert result.losses[0] == pytest.approx(5.5, abs=0.5)
+    assert result.losses[0] == pytest.approx(5.5, abs=1.0)
     assert sum(result.losses[-5:]) / 5 < 3.6
     assert [step for step, _ in result.held_out] == [20, 40]
     assert result.held_out[1][1] < result.held_out[0][1]
@@ -116,7 +116,7 @@ def test_untrained_models_find_nothing() -> None:
     results = retrieval_accuracy(model, [150, 300], n=8, seed=1)
     assert model.training
     assert [(r.length, r.correct, r.total) for r in results.values()] == [(150, 0, 8), (300, 0, 8)]
-    assert text_loss(model, b"In the beginning " * 50, 64) == pytest.approx(5.5, abs=0.5)
+    assert text_loss(model, b"In the beginning " * 50, 64) == pytest.approx(5.5, abs=1.0)
     with pytest.raises(ValueError, match="n must be at least 1"):
         retrieval_accuracy(model, [150], n=0)
 
