@@ -1,6 +1,6 @@
 """Text to train on, and key-value retrieval samples hidden in it.
 
-A pair is written ``{kq:731}``. It is asked for by writing its beginning again, ``{kq:``, whose answer is the value
+A pair is written ``{k:731}``. It is asked for by writing its beginning again, ``{k:``, whose answer is the value
 ``731``: what follows the same words elsewhere, far outside any window. Everything drawn here is a function of a seed.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import importlib.util
+import itertools
 import random
 import sqlite3
 import string
@@ -19,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-KEY_LETTERS, VALUE_DIGITS = 2, 3
-PAIR_BYTES = len("{kq:731}")
-QUERY_BYTES = len("{kq:")
+KEY_LETTERS, VALUE_DIGITS = 1, 3
+PAIR_BYTES = len("{k:731}")
+QUERY_BYTES = len("{k:")
 MIN_TEXT_BYTES = 4096
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".json", ".csv", ".tex")
 
@@ -89,11 +90,10 @@ def split_text(text: bytes, held_out: float = 0.05) -> tuple[bytes, bytes]:
 
 
 def _distinct_keys(rng: random.Random, count: int) -> list[str]:
-    space = len(string.ascii_lowercase) ** KEY_LETTERS
-    if count > space:
-        raise DataError(f"{count} pairs in one sample, but there are only {space} keys; ask for fewer")
-    letters = string.ascii_lowercase
-    return [letters[i // 26] + letters[i % 26] for i in rng.sample(range(space), count)]
+    space = ["".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=KEY_LETTERS)]
+    if count > len(space):
+        raise DataError(f"{count} pairs in one sample, but there are only {len(space)} keys; ask for fewer")
+    return rng.sample(space, count)
 
 
 def _value(rng: random.Random) -> str:
