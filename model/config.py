@@ -161,9 +161,7 @@ def _large(d_model: int, layers: int, mlp_dim: int, **fields: Any) -> ModelConfi
 
 PRESETS: dict[str, ModelConfig] = {
     # A window of one key-value pair: what is farther away has to come through the chunk memory.
-    "tiny": ModelConfig(
-        window=8, hsa_kv_heads=2, hsa_head_dim=64, retrieval_heads=2, retrieval_dim=32, tie_embeddings=False
-    ),
+    "tiny": ModelConfig(window=8, hsa_kv_heads=2, retrieval_heads=2, tie_embeddings=False),
     "25m": _large(256, 8, 1024),
     "60m": _large(512, 8, 1536),
     "240m": _large(1024, 16, 2304),

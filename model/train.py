@@ -60,8 +60,8 @@ class TrainConfig:
     length: int = 256
     short_part: float = 0.75
     short_length: int = 128
-    lr: float = 3e-3
-    min_lr: float = 1e-4
+    lr: float = 2e-3
+    min_lr: float = 2e-4
     warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
