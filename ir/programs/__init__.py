@@ -1,7 +1,8 @@
 """Tile programs: how an operator is computed on a class of machines, with the sizes of its tiles left open.
 
-A ``Program`` is a list of stages over raw pointers. Its functions are TVMScript, which only a compiler's process
-imports (the package ``cpu``); this module is plain data and imports no compiler.
+A ``Program`` is a list of stages over raw pointers for CPUs, a ``GpuProgram`` a list of kernel launches. Their
+functions are TVMScript (the package ``cpu``) and TileLang (``gpu``), which only a compiler's process imports; this
+module is plain data and imports no compiler.
 
 Why TVMScript for CPUs and not the tile language of the GPU programs: that one reaches CPUs through C source, serial and
 fp32 only, at 9-12 GFLOP/s a thread; these reach 70 and more, because register blocks, vector width and the fused
@@ -10,7 +11,7 @@ multiply-add are written out and LLVM keeps the accumulators in registers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -86,3 +87,59 @@ class Program:
     scratch: tuple[Region, ...]
     workspace: tuple[Region, ...]
     stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True)
+class GpuTile:
+    """Sizes that a schedule chooses for a GPU.
+
+    Args:
+        tokens: T, neighbouring tokens whose chunk lists are walked together.
+        stages: chunks (or blocks of tokens) that are loaded ahead.
+        blocks: thread blocks that should fit on one multiprocessor.
+        pairs: most (token, slot) pairs of one work item of a chunk.
+    """
+
+    tokens: int = 8
+    stages: int = 3
+    blocks: int = 2
+    pairs: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "stages", "blocks", "pairs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch of a GPU program; the next one on the stream sees all that it wrote.
+
+    Args:
+        symbol: its name within the program.
+        function: a TileLang prim_func over buffers, with one ``T.Kernel``.
+        arguments: tensors and regions of the program, in the order of the function's buffers.
+        dims: the function's dynamic symbols, each a C expression in B, L and C.
+        options: pass options of its lowering.
+    """
+
+    symbol: str
+    function: Any
+    arguments: tuple[str, ...]
+    dims: dict[str, str]
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GpuProgram:
+    """A pass of an operator as kernel launches, one after the other on one stream.
+
+    Args:
+        tensors: names of the arguments, inputs first, in the order of the C interface.
+        scratch: regions of device memory that live through all launches; nothing is in them at first.
+        launches: a launch whose grid is empty is left out.
+    """
+
+    tensors: tuple[str, ...]
+    scratch: tuple[Region, ...]
+    launches: tuple[Launch, ...]

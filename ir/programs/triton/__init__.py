@@ -1,0 +1,1 @@
+"""Programs for GPUs in Triton: compiled when they are first called, by the process that runs them."""
