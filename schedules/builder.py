@@ -28,12 +28,14 @@ import platformdirs
 
 import hsa_compile
 from hsa_compile.ir import Problem, problem_from_dict
-from hsa_compile.schedules.cpu import tile_for
-from hsa_compile.schedules.target import CpuTarget, resolve
+from hsa_compile.ir.programs import CpuTile, GpuTile
+from hsa_compile.schedules import cpu, gpu
+from hsa_compile.schedules.target import resolve, resolve_gpu
 
 log = logging.getLogger("hsa_compile")
 
 PASSES = ("forward", "backward")
+GPU_DTYPES = ("float16", "bfloat16")
 MANIFEST = "manifest.json"
 WORKER_SECONDS = 300
 
@@ -50,8 +52,8 @@ class Artifact:
         directory: of the manifest and the files.
         problem: the operator it computes.
         pass_name: "forward" or "backward".
-        target: name of the CPU level it runs on.
-        symbol: C name of its ``const hsa_kernel``.
+        target: name of the CPU level or GPU architecture it runs on.
+        symbol: C name of its ``const hsa_kernel`` or ``const hsa_cuda_kernel``.
     """
 
     directory: Path
@@ -62,12 +64,12 @@ class Artifact:
 
     @property
     def library(self) -> Path:
-        """Shared library with the kernel and ``hsa_execute``, for a process that loads it."""
+        """Shared library with the kernel (and ``hsa_execute`` on a CPU), for a process that loads it."""
         return self.directory / "kernel.so"
 
     @property
     def objects(self) -> list[Path]:
-        """Relocatable objects of the kernel alone, to link into another library."""
+        """Relocatable objects of a CPU kernel alone, to link into another library."""
         return [self.directory / "program.o", self.directory / "glue.o"]
 
 
@@ -98,12 +100,37 @@ def compiler(language: Literal["C", "C++"]) -> list[str]:
     )
 
 
-def compiler_version() -> str | None:
-    """Version of Apache TVM, or None where it is not installed."""
+def cuda_compiler() -> str:
+    """Path of nvcc: ``$NVCC``, on the path, or of ``$CUDA_HOME``.
+
+    Raises:
+        BuildError: there is none.
+    """
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    for candidate in (os.environ.get("NVCC"), "nvcc", f"{home}/bin/nvcc"):
+        if candidate and (path := shutil.which(candidate)):
+            return path
+    raise BuildError(
+        "no CUDA compiler found (looked for nvcc on the path and in $CUDA_HOME/bin); install the CUDA toolkit, version "
+        "12.4 or newer, or point the NVCC variable at its nvcc. Without one, GPUs run the Triton programs"
+    )
+
+
+def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version("apache-tvm")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def compiler_version() -> str | None:
+    """Version of Apache TVM, which compiles for CPUs, or None where it is not installed."""
+    return _version("apache-tvm")
+
+
+def gpu_compiler_version() -> str | None:
+    """Version of TileLang, which compiles for GPUs, or None where it is not installed."""
+    return _version("tilelang")
 
 
 @functools.cache
@@ -120,39 +147,67 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-def _request(problem: Problem, pass_name: str, target: CpuTarget) -> dict[str, object]:
+def _request(problem: Problem, pass_name: str, target: str) -> dict[str, object]:
+    """All that a build depends on.
+
+    Raises:
+        BuildError: the target has no kernels of this dtype.
+        TargetError: the target is unknown.
+    """
+    versions = {"hsa-compile": hsa_compile.__version__}
+    tile: CpuTile | GpuTile
+    if target.startswith("cuda:"):
+        if problem.dtype not in GPU_DTYPES:
+            raise BuildError(f"GPU kernels are {' or '.join(GPU_DTYPES)}; {problem.dtype} runs on the Triton path")
+        gpu_level = resolve_gpu(target)
+        name, tile = gpu_level.name, gpu.tile_for(problem, pass_name, gpu_level)
+        versions["tilelang"] = str(gpu_compiler_version())
+    else:
+        if problem.dtype != "float32":
+            raise BuildError(f"CPU kernels are float32; {problem.dtype} runs on the eager path")
+        cpu_level = resolve(target)
+        name, tile = cpu_level.name, cpu.tile_for(problem, cpu_level)
+        versions["apache-tvm"] = str(compiler_version())
     return {
         "problem": problem.to_dict(),
         "pass": pass_name,
-        "target": target.name,
-        "tile": dataclasses.asdict(tile_for(problem, target)),
+        "target": name,
+        "tile": dataclasses.asdict(tile),
         "sources": _sources_digest(),
-        "versions": {"hsa-compile": hsa_compile.__version__, "apache-tvm": compiler_version()},
+        "versions": versions,
     }
 
 
+def _require_compilers(target: str) -> None:
+    if target.startswith("cuda:"):
+        if gpu_compiler_version() is None:
+            raise BuildError("TileLang is not installed; install it with: pip install 'hsa-compile[cuda]'")
+        cuda_compiler()
+        return
+    if compiler_version() is None:
+        raise BuildError("Apache TVM is not installed; install it with: pip install 'hsa-compile[compile]'")
+    compiler("C")
+
+
 def build(problem: Problem, pass_name: str = "forward", target: str = "cpu:native") -> Artifact:
-    """Returns the kernel of a problem's pass, from the cache or newly built (a few seconds).
+    """Returns the kernel of a problem's pass, from the cache or newly built (a few seconds on a CPU, tens for a GPU).
 
     Safe to call from several threads and processes: the first builds, the others wait.
 
     Raises:
-        BuildError: dtype not compiled for CPUs, no TVM, no C compiler, a cache directory that can't be written,
-            or a failed compilation.
+        BuildError: a dtype that is not compiled for the target, no compiler, a cache directory that can't be
+            written, or a failed compilation.
+        TargetError: the target is unknown.
     """
     if pass_name not in PASSES:
         raise ValueError(f"pass must be one of {PASSES}, got {pass_name!r}")
-    if problem.dtype != "float32":
-        raise BuildError(f"CPU kernels are float32; {problem.dtype} runs on the eager path")
-    request = _request(problem, pass_name, resolve(target))
+    request = _request(problem, pass_name, target)
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24]
     directory = cache_directory() / "kernels" / key
     artifact = _load(directory)
     if artifact:
         return artifact
-    if compiler_version() is None:
-        raise BuildError("Apache TVM is not installed; install it with: pip install 'hsa-compile[compile]'")
-    compiler("C")
+    _require_compilers(target)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(directory.with_suffix(".lock")):
@@ -203,7 +258,8 @@ def _build_into(directory: Path, request: dict[str, object]) -> Artifact:
 
 def _run_worker(request: dict[str, object], directory: Path) -> str:
     """Runs the compiler in a process of its own: two TVMs (TileLang brings one) can't share one, nor should a crash."""
-    command = [sys.executable, "-m", "hsa_compile.schedules.worker", str(directory)]
+    worker = "cuda_worker" if str(request["target"]).startswith("cuda:") else "cpu_worker"
+    command = [sys.executable, "-m", f"hsa_compile.schedules.{worker}", str(directory)]
     try:
         done = subprocess.run(
             command, input=json.dumps(request), capture_output=True, text=True, timeout=WORKER_SECONDS, check=False

@@ -33,6 +33,31 @@ class CpuTarget:
     registers: int
 
 
+@dataclass(frozen=True)
+class GpuTarget:
+    """An NVIDIA GPU architecture.
+
+    Args:
+        name: as written in manifests and on the command line, ``cuda:<arch>``.
+        arch: its name in nvcc.
+        capability: compute capability (major, minor) of the devices that run it. ``a`` architectures run on exactly
+            this one, others on later minor versions as well.
+    """
+
+    name: str
+    arch: str
+    capability: tuple[int, int]
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a device of that compute capability runs what is built for this target."""
+        if self.arch.endswith("a"):
+            return capability == self.capability
+        return capability[0] == self.capability[0] and capability[1] >= self.capability[1]
+
+
+# Best first.
+GPU_TARGETS = (GpuTarget("cuda:sm_90a", "sm_90a", (9, 0)), GpuTarget("cuda:sm_80", "sm_80", (8, 0)))
+
 _V2 = frozenset({"ssse3", "sse4_1", "sse4_2", "popcnt", "cx16"})
 _V3 = _V2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
@@ -69,7 +94,7 @@ def missing_features(target: CpuTarget) -> list[str]:
 
 
 def resolve(name: str) -> CpuTarget:
-    """The target of that name; ``cpu:native`` is the best that this machine can run.
+    """The CPU target of that name; ``cpu:native`` is the best that this machine can run.
 
     Raises:
         TargetError: unknown name, or nothing fits this machine.
@@ -78,12 +103,29 @@ def resolve(name: str) -> CpuTarget:
         for target in CPU_TARGETS:
             if not missing_features(target):
                 return target
-        raise TargetError(f"no CPU target fits this machine ({platform.machine()}); known: {_names()}")
+        raise TargetError(f"no CPU target fits this machine ({platform.machine()}); known: {_names(CPU_TARGETS)}")
     for target in CPU_TARGETS:
         if target.name == name:
             return target
-    raise TargetError(f"unknown target {name!r}; known: cpu:native, {_names()}")
+    raise TargetError(f"unknown target {name!r}; known: cpu:native, {_names(CPU_TARGETS)}, {_names(GPU_TARGETS)}")
 
 
-def _names() -> str:
-    return ", ".join(target.name for target in CPU_TARGETS)
+def resolve_gpu(name: str) -> GpuTarget:
+    """The GPU target of that name.
+
+    Raises:
+        TargetError: unknown name.
+    """
+    for target in GPU_TARGETS:
+        if target.name == name:
+            return target
+    raise TargetError(f"unknown GPU target {name!r}; known: {_names(GPU_TARGETS)}")
+
+
+def gpu_target(capability: tuple[int, int]) -> GpuTarget | None:
+    """The best target for a GPU of that compute capability, None where there is none."""
+    return next((target for target in GPU_TARGETS if target.runs_on(capability)), None)
+
+
+def _names(targets: tuple[CpuTarget, ...] | tuple[GpuTarget, ...]) -> str:
+    return ", ".join(target.name for target in targets)

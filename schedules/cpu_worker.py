@@ -1,4 +1,4 @@
-"""The compiler's process: ``python -m hsa_compile.schedules.worker DIRECTORY`` with a build request on its input.
+"""The compiler's process: ``python -m hsa_compile.schedules.cpu_worker DIRECTORY`` with a build request on its input.
 
 Writes program.o (LLVM), glue.c and glue.o (the C interface) and kernel.so there; prints the kernel's C symbol.
 """

@@ -1,0 +1,90 @@
+"""The GPU compilers' process: ``python -m hsa_compile.schedules.cuda_worker DIRECTORY`` with a build request on its
+input.
+
+Writes a .cu of each launch (TileLang's kernel and its launcher), table.cu (the C interface), kernel.so and
+resources.json (registers, spills and shared memory of each kernel) there; prints the kernel's C symbol.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
+
+from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
+
+from hsa_compile.ir import Problem, problem_from_dict
+from hsa_compile.ir.programs import GpuProgram, GpuTile
+from hsa_compile.schedules.builder import cuda_compiler
+from hsa_compile.schedules.cuda_glue import launcher_source, table_source
+from hsa_compile.schedules.cuda_lowering import lower
+from hsa_compile.schedules.target import GpuTarget, resolve_gpu
+
+HOST = Path(__file__).parent / "host"
+
+
+def program_for(problem: Problem, pass_name: str, tile: GpuTile) -> GpuProgram:
+    """The GPU program of an operator's pass."""
+    module = {
+        ("chunk_attention", "forward"): "attention",
+        ("chunk_attention", "backward"): "attention_backward",
+        ("chunk_select", "forward"): "select",
+        ("chunk_select", "backward"): "select_backward",
+    }[problem.op, pass_name]
+    return importlib.import_module(f"hsa_compile.ir.programs.gpu.{module}").program(problem, tile)
+
+
+def _nvcc(target: GpuTarget) -> list[str]:
+    architecture = f"arch=compute_{target.arch.removeprefix('sm_')},code={target.arch}"
+    include = [f"-I{path}" for path in (HOST, TILELANG_TEMPLATE_PATH, CUTLASS_INCLUDE_DIR)]
+    return [cuda_compiler(), "-std=c++20", "-O3", "-w", "-gencode", architecture, "-Xcompiler", "-fPIC", *include]
+
+
+def _compile(name: str, directory: Path, target: GpuTarget) -> dict[str, int]:
+    """Compiles ``<name>.cu`` to an object; returns what the kernel takes of the machine."""
+    command = [*_nvcc(target), "-Xptxas", "-v", "-c", f"{name}.cu", "-o", f"{name}.o"]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"nvcc failed on {name}.cu:\n{done.stderr[-3000:]}")
+    found = {
+        "registers": r"Used (\d+) registers",
+        "stack_bytes": r"(\d+) bytes stack frame",
+        "spill_bytes": r"(\d+) bytes spill stores",
+        "static_shared_bytes": r"(\d+) bytes smem",
+    }
+    return {key: int(m.group(1)) if (m := re.search(pattern, done.stderr)) else 0 for key, pattern in found.items()}
+
+
+def main(directory: Path, request: dict[str, Any]) -> str:
+    problem, target = problem_from_dict(request["problem"]), resolve_gpu(request["target"])
+    program = program_for(problem, request["pass"], GpuTile(**request["tile"]))
+    prefix = f"hsa_{problem.digest}_{request['pass']}"
+    kernels = [lower(launch, f"{prefix}_{launch.symbol}", target) for launch in program.launches]
+    for launch, kernel in zip(program.launches, kernels):
+        (directory / f"{launch.symbol}.cu").write_text(launcher_source(launch, kernel))
+    symbol, table = table_source(program, problem, request["pass"], [kernel.symbol for kernel in kernels])
+    (directory / "table.cu").write_text(table)
+    names = [*(launch.symbol for launch in program.launches), "table"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        resources = dict(zip(names, pool.map(lambda name: _compile(name, directory, target), names)))
+    for launch, kernel in zip(program.launches, kernels):
+        resources[launch.symbol]["dynamic_shared_bytes"] = kernel.shared_bytes
+    del resources["table"]
+    (directory / "resources.json").write_text(json.dumps(resources, indent=1) + "\n")
+    link = [cuda_compiler(), "-shared", "-cudart", "static", *(f"{name}.o" for name in names), "-o", "kernel.so"]
+    subprocess.run(link, cwd=directory, check=True)
+    for name in names:
+        (directory / f"{name}.o").unlink()
+    return symbol
+
+
+if __name__ == "__main__":
+    print(main(Path(sys.argv[1]), json.load(sys.stdin)))
