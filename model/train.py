@@ -55,20 +55,20 @@ class TrainConfig:
     out: str = "runs/tiny"
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     data: str | None = None
-    steps: int = 2800
-    batch: int = 4
+    steps: int = 2000
+    batch: int = 8
     length: int = 256
-    short_part: float = 0.75
+    short_part: float = 0.5
     short_length: int = 128
-    lr: float = 2e-3
+    lr: float = 4e-3
     min_lr: float = 2e-4
     warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
-    text_share: float = 0.25
-    pairs: int = 8
+    text_share: float = 0.125
+    pairs: int = 16
     fill: float = 0.7
-    answer_weight: float = 10.0
+    answer_weight: float = 20.0
     eval_every: int = 100
     seed: int = 0
     threads: int = 0

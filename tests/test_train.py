@@ -39,7 +39,7 @@ def light() -> Iterator[None]:
 def recipe(tmp_path: Path) -> TrainConfig:
     return TrainConfig(
         out=str(tmp_path / "run"), model=SMALL, steps=40, batch=4, length=96, short_length=48, warmup=5, pairs=2,
-        lr=3e-3, min_lr=1e-4, eval_every=20, progress=False,
+        lr=3e-3, min_lr=1e-4, text_share=0.25, answer_weight=10.0, eval_every=20, progress=False,
     )  # fmt: skip
 
 
