@@ -240,15 +240,25 @@ def bench_models(
 def bench_kernels(
     output: Output = Path("runs/bench"),
     lengths: Annotated[list[int] | None, typer.Option("--length", help="Tokens; may be given several times.")] = None,
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="cpu:native, or cuda for the first GPU.")
+    ] = "cpu:native",
     seed: Seed = 0,
 ) -> None:
-    """Rates of the operators on this CPU, beside eager gather + einsum and dense attention."""
-    with friendly():
-        from hsa_compile.bench import kernels
+    """Rates of the operators, checked before they are timed, beside eager, dense and public implementations.
 
-        shapes = kernels.default_shapes(lengths) if lengths else kernels.default_shapes()
+    On a CPU beside eager gather + einsum and dense attention; on a GPU beside fla-core, dense attention (cuDNN, FA2)
+    and a composition of PyTorch's variable-length attention, where they are installed.
+    """
+    with friendly():
+        from hsa_compile.bench import gpu_kernels, kernels
+
+        if target not in ("cpu:native", "cuda"):
+            _fail(f"kernels are measured on cpu:native or cuda, not on {target}")
+        bench: Any = gpu_kernels if target == "cuda" else kernels
+        shapes = bench.default_shapes(lengths) if lengths else bench.default_shapes()
         with spinner("measuring") as say:
-            rows = kernels.run(shapes, seed, say)
+            rows = bench.run(shapes, seed, say)
         _save(kernels, rows, output, "kernels")
 
 

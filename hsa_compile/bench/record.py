@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 RESULTS = Path("benchmarks/results")
-_PACKAGES = ("hsa-compile", "torch", "numpy", "onnxruntime", "apache-tvm")
+_PACKAGES = ("hsa-compile", "torch", "numpy", "onnxruntime", "apache-tvm", "tilelang", "triton", "fla-core")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,13 @@ def timed(run: Callable[[], object], seconds: float = 0.5, least: int = 3, most:
     return Timing(*(1e3 * f(times) for f in (statistics.median, min, max)))
 
 
+def timed_gpu(run: Callable[[], object], milliseconds: float = 80.0) -> Timing:
+    """Times enqueued work by the device's clock, from a cold L2, for about ``milliseconds`` after a warm-up."""
+    from triton.testing import do_bench
+
+    return Timing(*do_bench(run, warmup=20, rep=milliseconds, quantiles=[0.5, 0.0, 1.0]))
+
+
 def cpu_name() -> str:
     """The processor's full name and its cores."""
     name = platform.processor() or platform.machine()
@@ -58,9 +65,13 @@ def cpu_name() -> str:
     return f"{name}, {os.cpu_count()} cores"
 
 
-def device_folder() -> str:
-    """The device's folder under ``benchmarks/results``."""
-    return f"cpu-{os.cpu_count()}core"
+def device_folder(device: str = "cpu") -> str:
+    """The device's folder under ``benchmarks/results``: ``cpu-2core``, ``h100``."""
+    if device == "cpu":
+        return f"cpu-{os.cpu_count()}core"
+    name = torch.cuda.get_device_name()
+    model = re.search(r"\b([A-Z]+\d+)\b", name)
+    return model.group(1).lower() if model else re.sub(r"\W+", "-", name.lower())
 
 
 def _commit() -> str:
@@ -68,7 +79,7 @@ def _commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def common_keys(suite: str, seed: int) -> dict[str, Any]:
+def common_keys(suite: str, seed: int, device: str = "cpu") -> dict[str, Any]:
     """What every measurement carries: enough to repeat it."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -78,7 +89,7 @@ def common_keys(suite: str, seed: int) -> dict[str, Any]:
             continue
     return {
         "suite": suite,
-        "device": cpu_name(),
+        "device": cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
         "command": " ".join(["hsa-compile", *sys.argv[1:]]),

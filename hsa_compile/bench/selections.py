@@ -12,24 +12,26 @@ NEIGHBOURS = 16  # tokens that share a base selection in "local"
 KEEP = 0.93  # and how much of it each keeps, about what trained models show
 
 
-def synthetic_selection(B: int, L: int, Hkv: int, K: int, S: int, kind: SelectionKind, seed: int = 0) -> Tensor:
+def synthetic_selection(
+    B: int, L: int, Hkv: int, K: int, S: int, kind: SelectionKind, seed: int = 0, device: str = "cpu"
+) -> Tensor:
     """Indices int32 [B, L, Hkv, K], newest first, distinct, over the visible chunks, -1 where there are too few.
 
     "random": every token draws its own. "local": 16 neighbours share a draw, of which each token keeps an entry with
     probability 0.93 and redraws it else.
     """
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     C = L // S
     if C == 0:
-        return torch.full((B, L, Hkv, K), -1, dtype=torch.int32)
-    visible = torch.arange(L).div(S, rounding_mode="floor").view(1, L, 1, 1)
-    draws = torch.rand(B, L, Hkv, K, generator=g)
+        return torch.full((B, L, Hkv, K), -1, dtype=torch.int32, device=device)
+    visible = torch.arange(L, device=device).div(S, rounding_mode="floor").view(1, L, 1, 1)
+    draws = torch.rand(B, L, Hkv, K, generator=g, device=device)
     if kind == "local":
         shared = draws[:, ::NEIGHBOURS].repeat_interleave(NEIGHBOURS, 1)[:, :L]
-        keep = torch.rand(B, L, Hkv, K, generator=g) < KEEP
+        keep = torch.rand(B, L, Hkv, K, generator=g, device=device) < KEEP
         draws = torch.where(keep, shared, draws)
     # Sorted, then duplicates pushed to the next free chunk, and back below the visible bound.
-    rank = torch.arange(K)
+    rank = torch.arange(K, device=device)
     index = (draws * visible).long().sort(-1).values
     index = torch.minimum((index - rank).cummax(-1).values + rank, visible - K + rank)
     return torch.where(index >= 0, index, -1).flip(-1).to(torch.int32)
