@@ -38,11 +38,8 @@ class _Step(nn.Module):
         self, ids: Tensor, logits_at: Tensor, position: Tensor, chunks: Tensor, pending: Tensor, swa_k: list[Tensor],
         swa_v: list[Tensor], mem_k: Tensor, mem_v: Tensor, landmark: Tensor,
     ) -> Any:  # fmt: skip
-        hook = self.model.head.register_forward_pre_hook(lambda _, x: (x[0].index_select(1, logits_at),))
-        try:
-            return self.model.step_tensors(ids, position, chunks, pending, swa_k, swa_v, mem_k, mem_v, landmark)
-        finally:
-            hook.remove()
+        state = (position, chunks, pending, swa_k, swa_v, mem_k, mem_v, landmark)
+        return self.model.step_tensors(ids, *state, logits_at=logits_at)
 
 
 def state_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:

@@ -26,67 +26,74 @@ Slots with index -1 contribute nothing. With off_by_one, 1 is added to the softm
 """
 
 
-def _parameter(name: str, kind: str, doc: str) -> Any:
-    return defs.OpSchema.FormalParameter(name, kind, doc)
+def _schema(
+    name: str,
+    doc: str,
+    inputs: dict[str, tuple[str, str]],
+    outputs: dict[str, tuple[str, str]],
+    attributes: dict[str, tuple[str, int | None]],
+) -> Any:
+    """Inputs and outputs are (type, shape) by name, attributes (meaning, default), None where one must be given."""
+    return defs.OpSchema(
+        name,
+        DOMAIN,
+        OPSET,
+        doc=doc,
+        inputs=[defs.OpSchema.FormalParameter(n, *about) for n, about in inputs.items()],
+        outputs=[defs.OpSchema.FormalParameter(n, *about) for n, about in outputs.items()],
+        type_constraints=_TYPES,
+        attributes=[_integer(n, *about) for n, about in attributes.items()],
+    )
 
 
-def _integer(name: str, doc: str, default: int | None = None) -> Any:
-    kind = defs.OpSchema.AttrType.INT
+def _integer(name: str, doc: str, default: int | None) -> Any:
     if default is None:
-        return defs.OpSchema.Attribute(name, kind, doc, required=True)
+        return defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.INT, doc, required=True)
     return defs.OpSchema.Attribute(name, make_attribute(name, default), doc)
 
 
-def _chunk_select() -> Any:
-    return defs.OpSchema(
+_SCHEMAS = (
+    _schema(
         "ChunkSelect",
-        DOMAIN,
-        OPSET,
-        doc=_SELECT_DOC,
-        inputs=[
-            _parameter("q_r", "T", "[B, L, Hr, Dr]"),
-            _parameter("landmark", "T", "[B, C, Hr, Dr]"),
-            _parameter("position", "tensor(int64)", "[B], absolute index of the first token"),
-            _parameter("chunks", "tensor(int64)", "[B], how many rows of landmark are filled"),
-        ],
-        outputs=[
-            _parameter("indices", "tensor(int32)", "[B, L, kv_heads, top_k]"),
-            _parameter("scores", "tensor(float)", "[B, L, kv_heads, top_k]"),
-        ],
-        type_constraints=_TYPES,
-        attributes=[
-            _integer("kv_heads", "Hkv; Hr is Hkv or 1"),
-            _integer("chunk_size", "S, tokens of a chunk"),
-            _integer("top_k", "K, slots of a token"),
-            _integer("window", "0, or the sliding window's width, at least S, to leave to it what it covers", 0),
-        ],
-    )
-
-
-def _chunk_attention() -> Any:
-    return defs.OpSchema(
+        _SELECT_DOC,
+        inputs={
+            "q_r": ("T", "[B, L, Hr, Dr]"),
+            "landmark": ("T", "[B, C, Hr, Dr]"),
+            "position": ("tensor(int64)", "[B], absolute index of the first token"),
+            "chunks": ("tensor(int64)", "[B], how many rows of landmark are filled"),
+        },
+        outputs={
+            "indices": ("tensor(int32)", "[B, L, kv_heads, top_k]"),
+            "scores": ("tensor(float)", "[B, L, kv_heads, top_k]"),
+        },
+        attributes={
+            "kv_heads": ("Hkv; Hr is Hkv or 1", None),
+            "chunk_size": ("S, tokens of a chunk", None),
+            "top_k": ("K, slots of a token", None),
+            "window": ("0, or the sliding window's width, at least S, to leave to it what it covers", 0),
+        },
+    ),
+    _schema(
         "ChunkAttention",
-        DOMAIN,
-        OPSET,
-        doc=_ATTENTION_DOC,
-        inputs=[
-            _parameter("q", "T", "[B, L, Hq, D]"),
-            _parameter("k", "T", "[B, C*S, Hkv, D]"),
-            _parameter("v", "T", "[B, C*S, Hkv, D]"),
-            _parameter("indices", "tensor(int32)", "[B, L, Hkv, K], -1 (empty) … C-1"),
-            _parameter("weights", "tensor(float)", "[B, L, Hkv, K]"),
-        ],
-        outputs=[_parameter("o", "T", "[B, L, Hq, D]")],
-        type_constraints=_TYPES,
-        attributes=[
-            _integer("chunk_size", "S, tokens of a chunk"),
-            _integer("off_by_one", "1: add 1 to the softmax denominators", 0),
-        ],
-    )
+        _ATTENTION_DOC,
+        inputs={
+            "q": ("T", "[B, L, Hq, D]"),
+            "k": ("T", "[B, C*S, Hkv, D]"),
+            "v": ("T", "[B, C*S, Hkv, D]"),
+            "indices": ("tensor(int32)", "[B, L, Hkv, K], -1 (empty) … C-1"),
+            "weights": ("tensor(float)", "[B, L, Hkv, K]"),
+        },
+        outputs={"o": ("T", "[B, L, Hq, D]")},
+        attributes={
+            "chunk_size": ("S, tokens of a chunk", None),
+            "off_by_one": ("1: add 1 to the softmax denominators", 0),
+        },
+    ),
+)
 
 
 def register() -> None:
     """Makes both operators known to ``onnx`` (checker, shape inference, exporter). Calling it again changes nothing."""
-    for schema in (_chunk_select(), _chunk_attention()):
+    for schema in _SCHEMAS:
         if not defs.has(schema.name, DOMAIN):
             defs.register_schema(schema)

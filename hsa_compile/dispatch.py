@@ -53,23 +53,17 @@ def use_backend(name: Backend) -> Iterator[None]:
 
 
 @functools.cache
-def _load(problem: Problem, pass_name: str) -> Kernel:
-    return Kernel(build(problem, pass_name))
-
-
-@functools.cache
 def _warn_once(reason: str) -> None:
     log.warning("no compiled kernels, using the slower eager path: %s", reason)
 
 
 @functools.cache
-def _failed(problem: Problem, pass_name: str) -> str:
-    """Why a kernel can't be had, "" if it can; remembered, so that a missing compiler costs one look."""
+def _load(problem: Problem, pass_name: str) -> Kernel | str:
+    """The kernel, or why it can't be had; remembered, so that a missing compiler costs one look."""
     try:
-        _load(problem, pass_name)
+        return Kernel(build(problem, pass_name))
     except (BuildError, OSError) as error:
         return str(error)
-    return ""
 
 
 def _by_definition(function: Callable[..., Any], problem: Problem, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -82,18 +76,18 @@ def _kernel(problem: Problem, pass_name: str, q: Tensor, slots: int) -> Kernel |
     backend = current_backend()
     if backend == "eager":
         return None
-    reason = ""
+    found: Kernel | str
     if q.device.type != "cpu" or q.dtype != torch.float32:
-        reason = f"kernels are built for float32 on CPU, not {q.dtype} on {q.device.type}"
+        found = f"kernels are built for float32 on CPU, not {q.dtype} on {q.device.type}"
     elif slots >= 2**31:
-        reason = f"L*K = {slots} does not fit 32 bits"
+        found = f"L*K = {slots} does not fit 32 bits"
     else:
-        reason = _failed(problem, pass_name)
-    if not reason:
-        return _load(problem, pass_name)
+        found = _load(problem, pass_name)
+    if isinstance(found, Kernel):
+        return found
     if backend == "compiled":
-        raise BuildError(reason)
-    _warn_once(reason)
+        raise BuildError(found)
+    _warn_once(found)
     return None
 
 

@@ -43,7 +43,7 @@ def _select_problem(
     kv_heads: int,
     chunk_size: int,
     top_k: int,
-    window: int,
+    window: int = 0,
 ) -> ChunkSelect:
     _check(q_r.dim() == 4, f"q_r must be [B, L, Hr, Dr], got {_shape(q_r)}")
     B, _, Hr, Dr = q_r.shape
@@ -60,7 +60,7 @@ def _select_problem(
 
 
 def _attention_problem(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, chunk_size: int, off_by_one: bool
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, chunk_size: int, off_by_one: bool = False
 ) -> ChunkAttention:
     for name, x in (("q", q), ("k", k), ("v", v), ("indices", indices), ("weights", weights)):
         _check(x.dim() == 4, f"{name} must have 4 dimensions, got {_shape(x)}")
@@ -125,18 +125,9 @@ def chunk_select(
 
 
 @chunk_select.register_fake
-def _(
-    q_r: Tensor,
-    landmark: Tensor,
-    position: Tensor,
-    chunks: Tensor,
-    kv_heads: int,
-    chunk_size: int,
-    top_k: int,
-    window: int = 0,
-) -> tuple[Tensor, Tensor]:
-    _select_problem(q_r, landmark, position, chunks, kv_heads, chunk_size, top_k, window)
-    shape = (q_r.shape[0], q_r.shape[1], kv_heads, top_k)
+def _(q_r: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    problem = _select_problem(q_r, *others)
+    shape = (*q_r.shape[:2], problem.kv_heads, problem.top_k)
     return q_r.new_empty(shape, dtype=torch.int32), q_r.new_empty(shape, dtype=torch.float32)
 
 
@@ -200,10 +191,8 @@ def chunk_attention(
 
 
 @chunk_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, chunk_size: int, off_by_one: bool = False
-) -> Tensor:
-    _attention_problem(q, k, v, indices, weights, chunk_size, off_by_one)
+def _(q: Tensor, *others: Any) -> Tensor:
+    _attention_problem(q, *others)
     return q.new_empty(q.shape)
 
 
@@ -226,16 +215,9 @@ def chunk_attention_backward(
 
 @chunk_attention_backward.register_fake
 def _(
-    grad_o: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    chunk_size: int,
-    off_by_one: bool = False,
+    grad_o: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (q, k, v, weights))  # type: ignore[return-value]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), weights.new_empty(weights.shape)
 
 
 def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -7,7 +7,6 @@ greedy generation token by token.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from hsa_compile.bench.record import common_keys
 from hsa_compile.export import Session
 from hsa_compile.ir import ChunkAttention, ChunkSelect, reference
 from hsa_compile.model.generate import generate
+from hsa_compile.model.hsa import HsaLayer, Memory
 from hsa_compile.model.model import HsaModel
 
 LOGITS = 1e-4  # absolute
@@ -158,24 +158,24 @@ def _clear_prompt(model: HsaModel, text: bytes) -> tuple[Tensor, _Pass]:
 
 def _smallest_gap(model: HsaModel, prompt: Tensor) -> float:
     """Over all selections: the gap between the K-th and the next score, relative to the largest score."""
-    gaps: list[float] = []
-    original = dispatch.select
+    gaps = [1.0]
 
-    def spy(problem: ChunkSelect, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        wider = dataclasses.replace(problem, top_k=problem.top_k + 1)
-        indices, scores = original(wider, *inputs)
+    def look(layer: HsaLayer, arguments: tuple[Tensor, Memory, Tensor, Tensor]) -> None:
+        x, memory, position, chunks = arguments
+        indices, scores = layer.select(layer.norm(x), memory, position, chunks, layer.top_k + 1)
         full = scores[(indices >= 0).all(-1)].sort(-1).values
         if full.numel():
             gaps.append(float(((full[:, 1] - full[:, 0]) / full.abs().amax(-1)).min()))
-        return original(problem, *inputs)
 
-    dispatch.select = spy  # type: ignore[assignment]
+    layers = [module for module in model.modules() if isinstance(module, HsaLayer)]
+    hooks = [layer.register_forward_pre_hook(look) for layer in layers]
     try:
         with torch.no_grad(), dispatch.use_backend("eager"):
             model(prompt[None])
     finally:
-        dispatch.select = original
-    return min(gaps, default=1.0)
+        for hook in hooks:
+            hook.remove()
+    return min(gaps)
 
 
 def _model_checks(

@@ -110,16 +110,25 @@ class HsaLayer(nn.Module):
         retrieved = x_BLd + self.retrieve(self.norm(x_BLd), memory, position_B, chunks_B)
         return (x_BLd if self.config.bypass else retrieved) + self.mlp(self.mlp_norm(retrieved))
 
+    @property
+    def top_k(self) -> int:
+        """K of the present mode, training or inference."""
+        return self.config.train_top_k if self.training else self.config.top_k
+
+    def select(
+        self, x_BLd: Tensor, memory: Memory, position_B: Tensor, chunks_B: Tensor, top_k: int
+    ) -> tuple[Tensor, Tensor]:
+        """Indices and scores, [B, L, Hkv, top_k] each, of the chunks that the normed stream selects."""
+        c = self.config
+        q_r = self.retrieval_norm(self.to_retrieval(x_BLd).unflatten(-1, (c.retrieval_heads, c.retrieval_dim)))
+        leave = c.window if c.leave_window else 0
+        return chunk_select(q_r, memory.landmark, position_B, chunks_B, c.hsa_kv_heads, c.chunk_size, top_k, leave)
+
     def retrieve(self, x_BLd: Tensor, memory: Memory, position_B: Tensor, chunks_B: Tensor) -> Tensor:
         """HSA of the normed stream, [B, L, d]."""
         c = self.config
-        q_r = self.retrieval_norm(self.to_retrieval(x_BLd).unflatten(-1, (c.retrieval_heads, c.retrieval_dim)))
-        q = self.q_norm(self.to_q(x_BLd).unflatten(-1, (c.hsa_heads, c.hsa_head_dim)))
-        top_k = c.train_top_k if self.training else c.top_k
-        leave = c.window if c.leave_window else 0
-        indices, scores = chunk_select(
-            q_r, memory.landmark, position_B, chunks_B, c.hsa_kv_heads, c.chunk_size, top_k, leave
-        )
+        indices, scores = self.select(x_BLd, memory, position_B, chunks_B, self.top_k)
         weights = slot_weights(indices, scores, c.weights)
+        q = self.q_norm(self.to_q(x_BLd).unflatten(-1, (c.hsa_heads, c.hsa_head_dim)))
         o = chunk_attention(q, memory.k, memory.v, indices, weights, c.chunk_size, c.off_by_one)
         return self.out(o.flatten(2))

@@ -119,14 +119,18 @@ class HsaModel(nn.Module):
         mem_k: Tensor,
         mem_v: Tensor,
         landmark: Tensor,
+        logits_at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
         """``step`` on bare tensors, for export: what is computed depends on shapes and never on values.
 
         Shapes are those of ``State``; the memory must have room for the ``(r + L) // S`` chunks that the segment
         completes. Every text of the batch has the same ``position`` and ``chunks``.
 
+        Args:
+            logits_at: int64 [wanted], the tokens of the segment after which logits are given; None gives all L.
+
         Returns:
-            Logits [B, L, V] and the state after the segment, in the order of the arguments.
+            Logits [B, L or wanted, V] and the state after the segment, in the order of the arguments.
         """
         window = SlidingWindow(self.config, swa_k[0].shape[1], ids_BL.shape[1], ids_BL.device)
         rings = _Rings(swa_k, swa_v, self.config.window - 1)
@@ -144,7 +148,8 @@ class HsaModel(nn.Module):
             x = group.hsa(x, memory, position_B, chunks)  # type: ignore[operator]
             for layer in group.layers:  # type: ignore[union-attr]
                 x = rings.run(layer, x, window)
-        logits = self.head(self.norm(x))
+        x = self.norm(x)
+        logits = self.head(x if logits_at is None else x.index_select(1, logits_at))
         position = position_B + ids_BL.shape[1]
         return logits, position, chunks, pending, rings.new_k, rings.new_v, mem_k, mem_v, landmark
 

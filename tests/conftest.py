@@ -1,8 +1,10 @@
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from hsa_compile.dispatch import use_backend
 from hsa_compile.schedules.builder import compiler_version
 
 
@@ -10,6 +12,16 @@ from hsa_compile.schedules.builder import compiler_version
 def _threads() -> None:
     # Two test processes on two cores: more threads would only wait for each other.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture
+def light() -> Iterator[None]:
+    """No kernels, which have tests of their own, and one thread: sizes this small gain by neither."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with use_backend("eager"):
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

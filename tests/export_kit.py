@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 from onnx import TensorProto, helper
 
 from hsa_compile.export import functions, schema
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
 from hsa_compile.schedules import resolve
+
+# By the operator library, or by the function bodies in the graph.
+FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "functions"])
 
 _COMMON = r"""
 #include <math.h>

@@ -1,10 +1,12 @@
-"""Random valid inputs of the operators, and the one rule by which results are judged."""
+"""Random valid inputs of the operators, weights that show, and the one rule by which results are judged."""
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 
@@ -44,6 +46,19 @@ def select_inputs(
     for b in range(B):
         landmark[b, chunks[b] :] = torch.nan
     return q_r, landmark, position, chunks
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def lively(module: Module, seed: int = 0) -> Module:
+    """The module in eval mode with weights large enough that every part shows in the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.2 * noise if parameter.dim() > 1 else 1 + 0.2 * noise)
+    return module.eval()
 
 
 def assert_as_good_as(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hsa_compile.ops  # noqa: F401  (registers torch.ops.hsa)
-from export_kit import NaiveKernel, attention_inputs, naive_kernel, problem_session, select_inputs
+from export_kit import FUSED, NaiveKernel, attention_inputs, naive_kernel, problem_session, select_inputs
 from hsa_compile.dispatch import use_backend
 from hsa_compile.export.library import LibraryError, build_library, kernel_table
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
@@ -63,7 +63,7 @@ def eager_attention(problem: ChunkAttention, x: Arrays) -> np.ndarray[Any, Any]:
     return result
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "function"])
+@FUSED
 @pytest.mark.parametrize("problem", SELECTS, ids=str)
 def test_select_is_exact(problem: ChunkSelect, fused: bool, library: Path) -> None:
     session = problem_session(problem, library if fused else None)
@@ -75,7 +75,7 @@ def test_select_is_exact(problem: ChunkSelect, fused: bool, library: Path) -> No
         np.testing.assert_allclose(scores, expected_scores, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "function"])
+@FUSED
 @pytest.mark.parametrize("problem", ATTENTIONS, ids=str)
 def test_attention_agrees(problem: ChunkAttention, fused: bool, library: Path) -> None:
     session = problem_session(problem, library if fused else None)
@@ -98,7 +98,7 @@ def test_compiled_kernels_agree(tmp_path: Path) -> None:
         np.testing.assert_allclose(o, eager_attention(attention, x), atol=TOLERANCE * attention.top_k, rtol=1e-5)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "function"])
+@FUSED
 @pytest.mark.parametrize("problem", [SELECTS[1], ATTENTIONS[1]], ids=["select", "attention"])
 def test_empty_segment(problem: Problem, fused: bool, library: Path) -> None:
     make: Any = select_inputs if isinstance(problem, ChunkSelect) else attention_inputs

@@ -14,7 +14,7 @@ import onnx
 import pytest
 import torch
 
-from export_kit import naive_kernel
+from export_kit import FUSED, naive_kernel
 from hsa_compile.dispatch import use_backend
 from hsa_compile.export import bundle as bundles
 from hsa_compile.export.bundle import BundleError, Manifest
@@ -25,6 +25,7 @@ from hsa_compile.export.session import Session
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
 from hsa_compile.schedules import build
+from kit import lively
 
 CONFIG = ModelConfig(
     vocab_size=50, d_model=32, mlp_dim=48, lower_layers=1, upper_layers=1, n_groups=1, swa_heads=4, swa_kv_heads=2,
@@ -32,16 +33,11 @@ CONFIG = ModelConfig(
     retrieval_dim=8, top_k=3, train_top_k=3, off_by_one=True, leave_window=True,
 )  # fmt: skip
 TOLERANCE = 1e-5
-FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "functions"])
 
 
 @pytest.fixture(scope="module")
 def model() -> HsaModel:
-    torch.manual_seed(0)
-    model = HsaModel(CONFIG)
-    for parameter in model.parameters():  # larger than at the start, so that every path shows in the logits
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model.eval()
+    return lively(HsaModel(CONFIG))
 
 
 @pytest.fixture(scope="module")

@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from hsa_compile.dispatch import use_backend
 from hsa_compile.model.config import ConfigError, ModelConfig, preset
 from hsa_compile.model.hsa import ChunkEncoder, HsaLayer, Memory, slot_weights
 from hsa_compile.model.layers import SlidingWindow, SwaLayer, attend, rotate, rotations
 from hsa_compile.model.model import HsaModel
+from kit import lively
+
+pytestmark = pytest.mark.usefixtures("light")
 
 SMALL = ModelConfig(
     vocab_size=50, d_model=32, mlp_dim=48, lower_layers=2, upper_layers=2, n_groups=2, swa_heads=4, swa_kv_heads=2,
     swa_head_dim=8, window=7, chunk_size=4, hsa_heads=4, hsa_kv_heads=2, hsa_head_dim=8, retrieval_heads=2,
     retrieval_dim=8, top_k=3, train_top_k=2,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def light() -> Iterator[None]:
-    """No kernels, which have tests of their own, and one thread: sizes this small gain by neither."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with use_backend("eager"):
-        yield
-    torch.set_num_threads(threads)
 
 
 VARIANTS = {
@@ -40,22 +31,6 @@ VARIANTS = {
     "off by one, window left": dataclasses.replace(SMALL, off_by_one=True, leave_window=True, n_groups=1),
     "window of one": dataclasses.replace(SMALL, window=1, encoder_layers=2),
 }
-
-
-def lively(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The module in eval mode with weights large enough that every part shows in the output."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.2 * noise if parameter.dim() > 1 else 1 + 0.2 * noise)
-    return module.eval()
-
-
-def model_of(config: ModelConfig) -> HsaModel:
-    model = lively(HsaModel(config))
-    assert isinstance(model, HsaModel)
-    return model
 
 
 def ids_of(B: int, L: int, seed: int = 1) -> Tensor:
@@ -181,7 +156,7 @@ def test_slot_weights(kind: str) -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_step_equals_forward_over_random_splits(name: str) -> None:
-    model = model_of(VARIANTS[name])
+    model = lively(HsaModel(VARIANTS[name]))
     ids = ids_of(2, 61)
     whole = model(ids)
     generator = torch.Generator().manual_seed(3)
@@ -201,14 +176,14 @@ def test_step_equals_forward_over_random_splits(name: str) -> None:
 
 
 def test_rows_of_a_batch_do_not_touch() -> None:
-    model = model_of(SMALL)
+    model = lively(HsaModel(SMALL))
     ids = ids_of(3, 30)
     alone = torch.cat([model(row[None]) for row in ids])
     torch.testing.assert_close(model(ids), alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_changes_nothing_before_it() -> None:
-    model = model_of(SMALL)
+    model = lively(HsaModel(SMALL))
     ids = ids_of(1, 40)
     changed = ids.clone()
     changed[0, 25] = (ids[0, 25] + 1) % 50
@@ -219,7 +194,7 @@ def test_a_token_changes_nothing_before_it() -> None:
 
 def test_window_logits_do_not_depend_on_the_offset() -> None:
     """Far positions are exact: 2^25 + 1 is not a float32, and no chunk is selectable in either run."""
-    model = model_of(dataclasses.replace(SMALL, chunk_size=64))
+    model = lively(HsaModel(dataclasses.replace(SMALL, chunk_size=64)))
     ids, results = ids_of(1, 41), []
     for offset in (1, 2**25 + 1):
         _, state = model.step(ids[:, :1], model.start())
@@ -242,7 +217,7 @@ def test_gradients_reach_every_parameter() -> None:
 
 
 def test_training_selects_fewer_chunks() -> None:
-    model = model_of(dataclasses.replace(SMALL, top_k=8, train_top_k=1))
+    model = lively(HsaModel(dataclasses.replace(SMALL, top_k=8, train_top_k=1)))
     ids = ids_of(1, 40)
     assert not torch.equal(model(ids), model.train()(ids))
 
@@ -255,7 +230,7 @@ def test_swa_layer_gives_unrotated_keys() -> None:
 
 
 def test_step_refuses_what_does_not_fit() -> None:
-    model = model_of(SMALL)
+    model = lively(HsaModel(SMALL))
     with pytest.raises(ValueError, match=r"B=2, L >= 1"):
         model.step(ids_of(1, 3), model.start(batch=2))
     with pytest.raises(ValueError, match=r"L >= 1"):

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hsa_compile.dispatch import use_backend
 from hsa_compile.model.cache import write_rows
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
 from hsa_compile.model.state import StepTensors
+
+pytestmark = pytest.mark.usefixtures("light")
 
 TWO_GROUPS = ModelConfig(
     vocab_size=50, d_model=32, mlp_dim=48, lower_layers=1, upper_layers=2, n_groups=2, swa_heads=4, swa_kv_heads=2,
     swa_head_dim=8, window=7, chunk_size=4, hsa_heads=4, hsa_kv_heads=2, hsa_head_dim=8, retrieval_heads=1,
     retrieval_dim=8, top_k=3, train_top_k=3,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def light() -> Iterator[None]:
-    """No kernels, which have tests of their own, and one thread: sizes this small gain by neither."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with use_backend("eager"):
-        yield
-    torch.set_num_threads(threads)
 
 
 class Step(nn.Module):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from hsa_compile.dispatch import use_backend
 from hsa_compile.model.checkpoint import CheckpointError, load_checkpoint, read_config, save_checkpoint
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.generate import generate, sample
 from hsa_compile.model.model import HsaModel
 from hsa_compile.model.tokenizer import ByteTokenizer
+from kit import lively
+
+pytestmark = pytest.mark.usefixtures("light")
 
 SMALL = ModelConfig(
     d_model=32, mlp_dim=48, lower_layers=1, upper_layers=1, swa_heads=2, swa_kv_heads=2, swa_head_dim=8, window=6,
@@ -23,23 +24,9 @@ SMALL = ModelConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def light() -> Iterator[None]:
-    """No kernels, which have tests of their own, and one thread: sizes this small gain by neither."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with use_backend("eager"):
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def model() -> HsaModel:
-    torch.manual_seed(0)
-    model = HsaModel(SMALL).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    return model
+    return lively(HsaModel(SMALL))
 
 
 def test_tokenizer_round_trip_and_streaming() -> None:

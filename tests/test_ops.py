@@ -12,15 +12,11 @@ from hsa_compile import dispatch, ops
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from kit import attention_inputs, select_inputs
 
+pytestmark = pytest.mark.usefixtures("light")
+
 ATTENTION = ChunkAttention(4, 2, 8, 4, 3)
 SELECT = ChunkSelect(2, 2, 6, 4, 3)
 SELECT_OPTIONS = (2, 4, 3)
-
-
-@pytest.fixture(autouse=True)
-def _eager() -> Any:
-    with dispatch.use_backend("eager"):
-        yield
 
 
 def _attention() -> list[torch.Tensor]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from hsa_compile.dispatch import use_backend
 from hsa_compile.model import train as train_module
 from hsa_compile.model.checkpoint import load_checkpoint, read_config
 from hsa_compile.model.config import ConfigError, ModelConfig
@@ -19,20 +17,12 @@ from hsa_compile.model.evaluate import Accuracy, retrieval_accuracy, text_loss
 from hsa_compile.model.model import HsaModel
 from hsa_compile.model.train import TrainConfig, learning_rate, train
 
+pytestmark = pytest.mark.usefixtures("light")
+
 SMALL = ModelConfig(
     d_model=32, mlp_dim=64, lower_layers=1, upper_layers=1, swa_heads=2, swa_kv_heads=2, swa_head_dim=16, window=16,
     chunk_size=8, hsa_heads=2, hsa_head_dim=16, retrieval_dim=16, top_k=2, train_top_k=2,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def light() -> Iterator[None]:
-    """No kernels, which have tests of their own, and one thread: sizes this small gain by neither."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with use_backend("eager"):
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

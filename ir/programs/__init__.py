@@ -55,7 +55,8 @@ class CpuTile:
 
 @dataclass(frozen=True)
 class Region:
-    """Memory that a program needs besides its tensors; ``elements`` is a C expression in B, L and C."""
+    """A flat array: a tensor, or memory that a program needs besides. ``elements`` is an expression in B, L and C that
+    reads the same in C and in TVMScript."""
 
     name: str
     dtype: str
@@ -64,8 +65,8 @@ class Region:
 
 @dataclass(frozen=True)
 class Stage:
-    """One parallel step. ``units`` is a C expression in B, L and C; ``arguments`` name tensors and regions in the order
-    of the function's pointers, after which it takes B, L, C, begin and end as int64."""
+    """One parallel step. ``units`` is a C expression in B, L and C; ``arguments`` name regions in the order of the
+    function's pointers, after which it takes B, L, C, begin and end as int64."""
 
     symbol: str
     function: Any

@@ -1,8 +1,11 @@
 """The (token, slot) pairs of a selection, listed by chunk: what chunk-major passes walk."""
 
+from typing import Any
+
 from tvm.script import tirx as T
 
 from hsa_compile.ir.programs import Region, Stage
+from hsa_compile.ir.programs.cpu.stages import stage
 
 
 def pair_regions(heads: int, K: int) -> tuple[Region, ...]:
@@ -13,38 +16,49 @@ def pair_regions(heads: int, K: int) -> tuple[Region, ...]:
     )
 
 
-def pair_stage(heads: int, index_heads: int, K: int) -> Stage:
+def pair_stage(heads: int, index_heads: int, K: int, indices: Region) -> Stage:
     """Counting sort of the pairs of ``heads`` heads (of the ``index_heads`` that ``indices`` has); a unit for each."""
 
-    @T.prim_func(s_tir=True)
-    def sort(
-        indices_ptr: T.handle("int32"), end_ptr: T.handle("int32"), pairs_ptr: T.handle("int32"),
-        B: T.int64, L: T.int64, C: T.int64, begin: T.int64, end: T.int64,
-    ):  # fmt: skip
-        T.func_attr({"tirx.noalias": True})
-        indices = T.decl_buffer((B * L * index_heads * K,), "int32", data=indices_ptr)
-        ends = T.decl_buffer((B * heads * (C + 1),), "int32", data=end_ptr)
-        pairs = T.decl_buffer((B * heads * L * K,), "int32", data=pairs_ptr)
-        for unit in T.serial(end - begin):
-            b = (begin + unit) // heads
-            first = (b * L * index_heads + (begin + unit) % heads) * K
-            mine = (begin + unit) * (C + 1)
-            for c in T.serial(C + 1):
-                ends[mine + c] = 0
-            for t in T.serial(L):
-                for s in T.serial(K):
-                    # Counted one place up, so that the prefix sum gives where each list begins ...
-                    if indices[first + t * index_heads * K + s] >= 0:
-                        up = mine + indices[first + t * index_heads * K + s] + 1
-                        ends[up] = ends[up] + 1
-            for c in T.serial(C):
-                ends[mine + c + 1] = ends[mine + c + 1] + ends[mine + c]
-            for t in T.serial(L):
-                for s in T.serial(K):
-                    # ... and filling moves each beginning to its end.
-                    if indices[first + t * index_heads * K + s] >= 0:
-                        at = mine + indices[first + t * index_heads * K + s]
-                        pairs[(begin + unit) * L * K + ends[at]] = T.cast(t * K + s, "int32")
-                        ends[at] = ends[at] + 1
+    @T.inline
+    def sort(unit, m):
+        b = unit // heads
+        first = (b * m.L * index_heads + unit % heads) * K
+        mine = unit * (m.C + 1)
+        for c in T.serial(m.C + 1):
+            m.pairs_end[mine + c] = 0
+        for t in T.serial(m.L):
+            for s in T.serial(K):
+                # Counted one place up, so that the prefix sum gives where each list begins ...
+                if m.indices[first + t * index_heads * K + s] >= 0:
+                    up = mine + m.indices[first + t * index_heads * K + s] + 1
+                    m.pairs_end[up] = m.pairs_end[up] + 1
+        for c in T.serial(m.C):
+            m.pairs_end[mine + c + 1] = m.pairs_end[mine + c + 1] + m.pairs_end[mine + c]
+        for t in T.serial(m.L):
+            for s in T.serial(K):
+                # ... and filling moves each beginning to its end.
+                if m.indices[first + t * index_heads * K + s] >= 0:
+                    at = mine + m.indices[first + t * index_heads * K + s]
+                    m.pairs[unit * m.L * K + m.pairs_end[at]] = T.cast(t * K + s, "int32")
+                    m.pairs_end[at] = m.pairs_end[at] + 1
 
-    return Stage("sort", sort, f"B * {heads}", ("indices", "pairs_end", "pairs"))
+    return stage("sort", f"B * {heads}", sort, (indices, *pair_regions(heads, K)))
+
+
+def each_chunk(heads, K, compute) -> Any:
+    """Computes a unit that is a chunk of a head by ``compute(m, b, h, c, first, last)``: chunk c of row b, head h, which
+    the pairs ``m.pairs[first : last]`` selected. There are ``B * heads * C`` such units."""
+
+    @T.inline
+    def locate(unit, m):
+        c = unit % m.C
+        h = unit // m.C % heads
+        b = unit // m.C // heads
+        list = unit // m.C
+        last = list * m.L * K + m.pairs_end[list * (m.C + 1) + c]
+        first: T.int64 = list * m.L * K
+        if c > 0:
+            first = list * m.L * K + m.pairs_end[list * (m.C + 1) + c - 1]
+        compute(m, b, h, c, first, last)
+
+    return locate

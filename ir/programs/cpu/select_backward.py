@@ -10,7 +10,9 @@ from tvm.script import tirx as T
 from hsa_compile.ir.operators import ChunkSelect
 from hsa_compile.ir.programs import CpuTile, Program, Stage
 from hsa_compile.ir.programs.cpu.blocks import add_row
-from hsa_compile.ir.programs.cpu.pairs import pair_regions, pair_stage
+from hsa_compile.ir.programs.cpu.pairs import each_chunk, pair_regions, pair_stage
+from hsa_compile.ir.programs.cpu.select import tensor_regions
+from hsa_compile.ir.programs.cpu.stages import stage
 
 TENSORS = ("grad_scores", "q_r", "landmark", "indices", "d_q_r", "d_landmark")
 
@@ -21,10 +23,10 @@ def slot_gradient(problem: ChunkSelect) -> Any:
     shared, scale = Hkv // problem.retrieval_heads, problem.scale
 
     @T.inline
-    def gradient(g, grad, token, r, s):
+    def gradient(g, grad_scores, token, r, s):
         g[0] = T.float32(0)
         for h in T.serial(shared):
-            g[0] = g[0] + grad[(token * Hkv + r * shared + h) * K + s] * T.float32(scale)
+            g[0] = g[0] + grad_scores[(token * Hkv + r * shared + h) * K + s] * T.float32(scale)
 
     return gradient
 
@@ -35,74 +37,51 @@ def query_stage(problem: ChunkSelect, tile: CpuTile) -> Stage:
     add = add_row(tile, Dr)
     gradient = slot_gradient(problem)
 
-    @T.prim_func(s_tir=True)
-    def queries_pass(
-        grad_ptr: T.handle("float32"), landmark_ptr: T.handle("float32"), indices_ptr: T.handle("int32"),
-        d_q_r_ptr: T.handle("float32"), B: T.int64, L: T.int64, C: T.int64, begin: T.int64, end: T.int64,
-    ):  # fmt: skip
-        T.func_attr({"tirx.noalias": True})
-        grad = T.decl_buffer((B * L * Hkv * K,), "float32", data=grad_ptr)
-        landmark = T.decl_buffer((B * C * Hr * Dr,), "float32", data=landmark_ptr)
-        indices = T.decl_buffer((B * L * Hkv * K,), "int32", data=indices_ptr)
-        d_q_r = T.decl_buffer((B * L * Hr * Dr,), "float32", data=d_q_r_ptr)
-        for unit in T.serial(end - begin):
-            token = begin + unit
-            g = T.alloc_buffer((1,), "float32", scope="local")
-            for r in T.serial(Hr):
-                for d in T.serial(Dr):
-                    d_q_r[(token * Hr + r) * Dr + d] = T.float32(0)
-                for s in T.serial(K):
-                    c = indices[(token * Hkv + r * (Hkv // Hr)) * K + s]
-                    if c >= 0:
-                        gradient(g, grad, token, r, s)
-                        add(d_q_r, (token * Hr + r) * Dr, landmark, ((token // L * C + c) * Hr + r) * Dr, g[0])
+    @T.inline
+    def gather_landmarks(token, m):
+        g = T.alloc_buffer((1,), "float32", scope="local")
+        for r in T.serial(Hr):
+            for d in T.serial(Dr):
+                m.d_q_r[(token * Hr + r) * Dr + d] = T.float32(0)
+            for s in T.serial(K):
+                c = m.indices[(token * Hkv + r * (Hkv // Hr)) * K + s]
+                if c >= 0:
+                    gradient(g, m.grad_scores, token, r, s)
+                    add(m.d_q_r, (token * Hr + r) * Dr, m.landmark, ((token // m.L * m.C + c) * Hr + r) * Dr, g[0])
 
-    return Stage("queries", queries_pass, "B * L", ("grad_scores", "landmark", "indices", "d_q_r"))
+    names = ("grad_scores", "landmark", "indices", "d_q_r")
+    return stage("queries", "B * L", gather_landmarks, tuple(tensor_regions(problem)[name] for name in names))
 
 
 def landmark_stage(problem: ChunkSelect, tile: CpuTile) -> Stage:
     """dlandmark, a unit for every retrieval head of every chunk."""
-    Hkv, Hr, Dr, K = problem.kv_heads, problem.retrieval_heads, problem.retrieval_dim, problem.top_k
+    Hr, Dr, K = problem.retrieval_heads, problem.retrieval_dim, problem.top_k
     add = add_row(tile, Dr)
     gradient = slot_gradient(problem)
 
-    @T.prim_func(s_tir=True)
-    def landmarks_pass(
-        grad_ptr: T.handle("float32"), q_r_ptr: T.handle("float32"), d_landmark_ptr: T.handle("float32"),
-        ends_ptr: T.handle("int32"), pairs_ptr: T.handle("int32"),
-        B: T.int64, L: T.int64, C: T.int64, begin: T.int64, end: T.int64,
-    ):  # fmt: skip
-        T.func_attr({"tirx.noalias": True})
-        grad = T.decl_buffer((B * L * Hkv * K,), "float32", data=grad_ptr)
-        q_r = T.decl_buffer((B * L * Hr * Dr,), "float32", data=q_r_ptr)
-        d_landmark = T.decl_buffer((B * C * Hr * Dr,), "float32", data=d_landmark_ptr)
-        ends = T.decl_buffer((B * Hr * (C + 1),), "int32", data=ends_ptr)
-        pairs = T.decl_buffer((B * Hr * L * K,), "int32", data=pairs_ptr)
-        for unit in T.serial(end - begin):
-            c = (begin + unit) % C
-            r = (begin + unit) // C % Hr
-            b = (begin + unit) // C // Hr
-            list = (begin + unit) // C
-            row = ((b * C + c) * Hr + r) * Dr
-            g = T.alloc_buffer((1,), "float32", scope="local")
-            at: T.int64 = 0
-            if c > 0:
-                at = T.cast(ends[list * (C + 1) + c - 1], "int64")
-            for d in T.serial(Dr):
-                d_landmark[row + d] = T.float32(0)
-            while at < T.cast(ends[list * (C + 1) + c], "int64"):
-                pair = T.cast(pairs[list * L * K + at], "int64")
-                token = b * L + pair // K
-                gradient(g, grad, token, r, pair % K)
-                add(d_landmark, row, q_r, (token * Hr + r) * Dr, g[0])
-                at = at + 1
+    @T.inline
+    def gather_queries(m, b, r, c, first, last):
+        row = ((b * m.C + c) * Hr + r) * Dr
+        g = T.alloc_buffer((1,), "float32", scope="local")
+        for d in T.serial(Dr):
+            m.d_landmark[row + d] = T.float32(0)
+        for i in T.serial(last - first):
+            pair = T.cast(m.pairs[first + i], "int64")
+            token = b * m.L + pair // K
+            gradient(g, m.grad_scores, token, r, pair % K)
+            add(m.d_landmark, row, m.q_r, (token * Hr + r) * Dr, g[0])
 
-    arguments = ("grad_scores", "q_r", "d_landmark", "pairs_end", "pairs")
-    return Stage("landmarks", landmarks_pass, f"B * {Hr} * C", arguments)
+    regions = tuple(tensor_regions(problem)[name] for name in ("grad_scores", "q_r", "d_landmark"))
+    return stage("landmarks", f"B * {Hr} * C", each_chunk(Hr, K, gather_queries), regions + pair_regions(Hr, K))
 
 
 def program(problem: ChunkSelect, tile: CpuTile) -> Program:
     """The lists of pairs, then the queries' gradients, then the landmarks'."""
     Hr, K = problem.retrieval_heads, problem.top_k
-    stages = (pair_stage(Hr, problem.kv_heads, K), query_stage(problem, tile), landmark_stage(problem, tile))
+    indices = tensor_regions(problem)["indices"]
+    stages = (
+        pair_stage(Hr, problem.kv_heads, K, indices),
+        query_stage(problem, tile),
+        landmark_stage(problem, tile),
+    )
     return Program(TENSORS, pair_regions(Hr, K), (), stages)
