@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -33,6 +33,7 @@ Checkpoint = Annotated[Path, typer.Argument(help="Directory that `train` wrote."
 Bundle = Annotated[Path, typer.Argument(help="Directory that `export` wrote.", show_default=False)]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="cpu:native, or a level such as cpu:x86-64-v3.")]
+AnyTargetName = Annotated[str, typer.Option("--target", "-t", help="A CPU level as for export, or cuda:sm_90a.")]
 Data = Annotated[Path | None, typer.Option(help="A text file or a directory of them. Default: a public-domain book.")]
 Seed = Annotated[int, typer.Option(help="Makes the run repeatable.")]
 
@@ -115,10 +116,17 @@ def train(
 @app.command()
 def build(
     model: Annotated[str, typer.Argument(help="A checkpoint, or a preset such as tiny.")] = "tiny",
-    target: TargetName = "cpu:native",
+    target: AnyTargetName = "cpu:native",
     training: Annotated[bool, typer.Option(help="Also the backward passes.")] = True,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Of the tensors. Default: float32 on CPUs, bfloat16 on GPUs."),
+    ] = None,
 ) -> None:
-    """Compile the kernels that a model needs; they are kept and found again."""
+    """Compile the kernels that a model needs; they are kept and found again.
+
+    GPU targets such as cuda:sm_90a need nvcc and TileLang, but no GPU.
+    """
     with friendly():
         from rich.table import Table
 
@@ -129,7 +137,7 @@ def build(
         config = read_config(model)[0] if Path(model).exists() else preset_config(model)
         table = Table("operator", "pass", "target", "library")
         with spinner("compiling") as say:
-            for artifact in build_all(config, training, target):
+            for artifact in build_all(config, training, target, dtype):
                 say(f"{artifact.problem.op} {artifact.pass_name} is done")
                 table.add_row(artifact.problem.op, artifact.pass_name, artifact.target, str(artifact.library))
         console.print(table)
@@ -142,7 +150,9 @@ def export(checkpoint: Checkpoint, output: Output = Path("runs/bundle"), target:
         from hsa_compile.export import export_bundle
         from hsa_compile.kernels import build_all
         from hsa_compile.model.checkpoint import load_checkpoint
+        from hsa_compile.schedules import resolve
 
+        resolve(target)  # bundles hold CPU kernels: other names are refused before any work
         with spinner("exporting") as say:
             model = load_checkpoint(checkpoint).eval()
             say("kernels")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import tempfile
+from collections.abc import Iterator
 from typing import Literal
 
 from rich.markup import escape
 from rich.table import Table
 
 from hsa_compile import __version__
-from hsa_compile.schedules import BuildError, TargetError, cache_directory, resolve
-from hsa_compile.schedules.builder import compiler
+from hsa_compile.schedules import BuildError, TargetError, cache_directory, gpu_target, resolve
+from hsa_compile.schedules.builder import compiler, cuda_compiler
 
 # Package, what it is for, the extra that brings it (none: always installed).
 PACKAGES = (
@@ -48,6 +50,8 @@ def report() -> tuple[Table, bool]:
     for what, found, use, hint in (*compilers, _target(), _cache()):
         table.add_row(what, found or "–", use, "" if found else escape(hint))
         complete &= bool(found)
+    for what, found, use, hint in (_cuda_compiler(), *_gpus()):
+        table.add_row(what, found or "–", use, "" if found else escape(hint))
     return table, complete
 
 
@@ -56,6 +60,27 @@ def _compiler(language: Literal["C", "C++"], use: str) -> tuple[str, str, str, s
         return f"{language} compiler", " ".join(compiler(language)), use, ""
     except BuildError as error:
         return f"{language} compiler", "", use, str(error)
+
+
+def _cuda_compiler() -> tuple[str, str, str, str]:
+    try:
+        return "CUDA compiler", cuda_compiler(), "GPU kernels", ""
+    except BuildError as error:
+        return "CUDA compiler", "", "GPU kernels", str(error)
+
+
+def _gpus() -> Iterator[tuple[str, str, str, str]]:
+    """Every GPU with the target whose kernels it runs."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    for number in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(number)
+        target = gpu_target((major, minor))
+        hint = f"compute capability {major}.{minor} has no compiled kernels; Triton programs need 8.0"
+        name = torch.cuda.get_device_name(number)
+        yield f"GPU {number}", f"{name}, {target.name}" if target else "", "GPU kernels", f"{name}: {hint}"
 
 
 def _target() -> tuple[str, str, str, str]:

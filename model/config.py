@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hsa_compile.ir import ChunkAttention, ChunkSelect
+from hsa_compile.ir.operators import Dtype
 
 SlotWeights = Literal["softmax", "stick-breaking"]
 SLOT_WEIGHTS: tuple[str, ...] = ("softmax", "stick-breaking")
@@ -107,14 +108,14 @@ class ModelConfig:
                 f"retrieval_heads must be 1 or hsa_kv_heads ({self.hsa_kv_heads}), got {self.retrieval_heads}"
             )
 
-    def problems(self, training: bool = False) -> tuple[ChunkSelect, ChunkAttention]:
-        """The problems that the model's operators pose, at inference or while training."""
+    def problems(self, training: bool = False, dtype: Dtype = "float32") -> tuple[ChunkSelect, ChunkAttention]:
+        """The problems that the model's operators pose, at inference or while training, on tensors of ``dtype``."""
         top_k = self.train_top_k if training else self.top_k
         window = self.window if self.leave_window else 0
         heads, kv_heads, D, S = self.hsa_heads, self.hsa_kv_heads, self.hsa_head_dim, self.chunk_size
         return (
-            ChunkSelect(kv_heads, self.retrieval_heads, self.retrieval_dim, S, top_k, window),
-            ChunkAttention(heads, kv_heads, D, S, top_k, self.off_by_one),
+            ChunkSelect(kv_heads, self.retrieval_heads, self.retrieval_dim, S, top_k, window, dtype),
+            ChunkAttention(heads, kv_heads, D, S, top_k, self.off_by_one, dtype),
         )
 
     def to_dict(self) -> dict[str, Any]:

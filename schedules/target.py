@@ -107,7 +107,7 @@ def resolve(name: str) -> CpuTarget:
     for target in CPU_TARGETS:
         if target.name == name:
             return target
-    raise TargetError(f"unknown target {name!r}; known: cpu:native, {_names(CPU_TARGETS)}, {_names(GPU_TARGETS)}")
+    raise TargetError(f"unknown target {name!r}; known: cpu:native, {_names(CPU_TARGETS)}")
 
 
 def resolve_gpu(name: str) -> GpuTarget:
