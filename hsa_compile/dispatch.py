@@ -1,4 +1,4 @@
-"""Which path computes an operator in PyTorch: a compiled kernel where one can be had, eager PyTorch elsewhere.
+"""Which path computes an operator in PyTorch: a built kernel where one can be had, Triton on GPUs, else eager PyTorch.
 
 The NumPy reference is a third path, slow and only on demand: whole models are validated against it.
 """
@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +23,7 @@ from hsa_compile.schedules import BuildError, build
 
 log = logging.getLogger("hsa_compile")
 
-Backend = Literal["auto", "compiled", "eager", "reference"]
+Backend = Literal["auto", "compiled", "triton", "eager", "reference"]
 _backend: Backend | None = None
 
 
@@ -40,8 +41,8 @@ def current_backend() -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Within the block, "compiled" demands kernels (or fails), "eager" uses none, "auto" prefers them,
-    "reference" computes in float64 by the definitions in ``hsa_compile.ir.reference``."""
+    """Within the block, "compiled" demands built kernels (or fails), "triton" the Triton programs, "eager" uses none,
+    "auto" prefers them, "reference" computes in float64 by the definitions in ``hsa_compile.ir.reference``."""
     global _backend
     if name not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {name!r}")
@@ -72,15 +73,80 @@ def _failed(problem: Problem, pass_name: str) -> str:
     return ""
 
 
+@functools.cache
+def _triton() -> tuple[ModuleType | None, str]:
+    """The launchers of the Triton programs, or why there are none; found out once, when first needed."""
+    try:
+        from hsa_compile import triton_kernels
+    except ImportError as error:
+        return None, f"{error} (pip install 'hsa-compile[cuda]')"
+    return triton_kernels, ""
+
+
+@functools.cache
+def _device_lacks(device: torch.device) -> str:
+    """Why Triton can't drive a CUDA device, "" if it can. It builds a helper with the machine's C compiler first."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"Triton programs need compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
+    import triton
+
+    try:
+        with torch.cuda.device(device):
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever a missing compiler, header or driver makes of it
+        return f"Triton can't use {device}: {error}"
+    return ""
+
+
+def _triton_lacks(q: Tensor) -> str:
+    """Why the Triton programs can't serve tensors like ``q``, "" if they can."""
+    module, reason = _triton()
+    if module is None:
+        return reason
+    if q.dtype not in module.DTYPES:
+        return f"Triton programs are for float32, float16 and bfloat16, not {q.dtype}"
+    if q.is_cuda:
+        return _device_lacks(q.device)
+    if not module.interpreted():
+        return f"Triton programs run on CUDA tensors (or with TRITON_INTERPRET=1), not on {q.device.type}"
+    # Its stand-in for the matrix product takes their bits for integers.
+    return "Triton's interpreter can't multiply bfloat16" if q.dtype == torch.bfloat16 else ""
+
+
+def _plain(function: str, q: Tensor, *arguments: Any) -> Any:
+    """Runs ``function`` where no built kernel does: in Triton on a GPU, or if asked to, else eagerly."""
+    backend = current_backend()
+    if backend == "triton" or (backend == "auto" and q.is_cuda):
+        reason = _triton_lacks(q)
+        if not reason:
+            return _run_triton(function, arguments, demanded=backend == "triton")
+        if backend == "triton":
+            raise RuntimeError(reason)
+        _warn_once(reason)
+    return getattr(eager, function)(*arguments)
+
+
+def _run_triton(function: str, arguments: tuple[Any, ...], demanded: bool) -> Any:
+    module, _ = _triton()
+    assert module is not None
+    try:
+        return getattr(module, function)(*arguments)
+    except module.OutOfResources as error:  # a chunk and a width that no multiprocessor of this GPU can hold
+        if demanded:
+            raise
+        _warn_once(f"Triton: {error}")
+    return getattr(eager, function)(*arguments)
+
+
 def _by_definition(function: Callable[..., Any], problem: Problem, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     results = function(problem, *(x.numpy(force=True) for x in inputs))
     return [torch.from_numpy(x) for x in (results if isinstance(results, tuple) else (results,))]
 
 
 def _kernel(problem: Problem, pass_name: str, q: Tensor, slots: int) -> Kernel | None:
-    """The kernel to run, or None for the eager path. ``slots`` a row must be countable in 32 bits by a backward."""
+    """The built kernel, or None for the other paths. ``slots`` a row must be countable in 32 bits by a backward."""
     backend = current_backend()
-    if backend == "eager":
+    if backend in ("eager", "triton") or (backend == "auto" and q.is_cuda):
         return None
     reason = ""
     if q.device.type != "cpu" or q.dtype != torch.float32:
@@ -108,7 +174,8 @@ def select(
     kernel = _kernel(problem, "forward", q_r, L * problem.top_k)
     if kernel is None:
         p = problem
-        return eager.select(q_r, landmark, position, chunks, p.kv_heads, p.chunk_size, p.top_k, p.visible_lag)
+        options = (p.kv_heads, p.chunk_size, p.top_k, p.visible_lag)
+        return _plain("select", q_r, q_r, landmark, position, chunks, *options)
     indices = torch.empty((B, L, problem.kv_heads, problem.top_k), dtype=torch.int32)
     scores = torch.empty(indices.shape)
     inputs = (q_r, landmark, position, chunks)
@@ -126,7 +193,7 @@ def select_backward(
     B, L = q_r.shape[:2]
     kernel = _kernel(problem, "backward", q_r, L * problem.top_k)
     if kernel is None:
-        return eager.select_backward(grad_scores, q_r, landmark, indices)
+        return _plain("select_backward", q_r, grad_scores, q_r, landmark, indices)
     outputs = (torch.empty(q_r.shape), torch.empty(landmark.shape))
     inputs = (grad_scores, q_r, landmark, indices)
     kernel((*(x.contiguous() for x in inputs), *outputs), B, L, landmark.shape[1])
@@ -140,7 +207,7 @@ def attention(problem: ChunkAttention, q: Tensor, k: Tensor, v: Tensor, indices:
     B, L = q.shape[:2]
     kernel = _kernel(problem, "forward", q, L * problem.top_k)
     if kernel is None:
-        return eager.attention(q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
+        return _plain("attention", q, q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
     o = torch.empty(q.shape)
     inputs = (q, k, v, indices, weights)
     kernel((*(x.contiguous() for x in inputs), o), B, L, k.shape[1] // problem.chunk_size)
@@ -157,7 +224,8 @@ def attention_backward(
     B, L = q.shape[:2]
     kernel = _kernel(problem, "backward", q, L * problem.top_k)
     if kernel is None:
-        return eager.attention_backward(grad_o, q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
+        options = (problem.chunk_size, problem.off_by_one)
+        return _plain("attention_backward", q, grad_o, q, k, v, indices, weights, *options)
     outputs = tuple(torch.empty(x.shape) for x in (q, k, v, weights))
     inputs = (grad_o, q, k, v, indices, weights)
     kernel((*(x.contiguous() for x in inputs), *outputs), B, L, k.shape[1] // problem.chunk_size)

@@ -143,7 +143,7 @@ def test_backend_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     monkeypatch.setattr(dispatch, "_backend", None)
     monkeypatch.setenv("HSA_COMPILE_BACKEND", "fast")
-    with pytest.raises(ValueError, match="must be one of auto, compiled, eager, reference, got 'fast'"):
+    with pytest.raises(ValueError, match="must be one of auto, compiled, triton, eager, reference, got 'fast'"):
         dispatch.current_backend()
 
 
