@@ -1,5 +1,5 @@
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,14 +26,16 @@ def light() -> Iterator[None]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty gives tensors full of NaN (or a wild index), so that nothing that was left unwritten hides."""
-    real = torch.empty
+    """torch.empty and empty_like give tensors full of NaN (or a wild index), so that nothing that was left unwritten
+    hides."""
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
 
-    def poison(*args: object, **kwargs: object) -> torch.Tensor:
-        x = real(*args, **kwargs)  # type: ignore[call-overload]
-        return x.fill_(torch.nan if x.is_floating_point() else 2**30)
+        def poison(*args: object, real: Callable[..., torch.Tensor] = real, **kwargs: object) -> torch.Tensor:
+            x = real(*args, **kwargs)
+            return x.fill_(torch.nan if x.is_floating_point() else 2**30)
 
-    monkeypatch.setattr(torch, "empty", poison)
+        monkeypatch.setattr(torch, name, poison)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
