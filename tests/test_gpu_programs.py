@@ -76,6 +76,15 @@ def test_compiles_without_spills(tmp_path: Path, problem: ChunkAttention, module
     assert reports["attend"]["instructions"] == (module == "attention" and arch == "sm_90a")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("tilelang") is None, reason="needs tilelang")
+@pytest.mark.parametrize("name", ["check-g16", "check-g3d96", "mma-g24d80s16", "decode-g3d96"])
+def test_computes_the_operator_when_emulated(tmp_path: Path, name: str) -> None:
+    command = [sys.executable, str(GPU / "check_forward.py"), "emulate", str(tmp_path), name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("heads", [(16, 1), (12, 4), (16, 16), (24, 1), (3, 1)])
 @pytest.mark.parametrize("D", [32, 80, 96, 128, 256])
 @pytest.mark.parametrize("S", [16, 64, 256])

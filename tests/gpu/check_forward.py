@@ -40,6 +40,7 @@ CHECKED = {
     "g16s256": ChunkAttention(16, 1, 64, 256, 4, **BF16),
 }
 SHAPES = ((2, 203, 7), (1, 1, 3), (1, 130, 40), (3, 64, 1))  # B, L, C
+EMULATED_SHAPES = ((2, 13, 5), (1, 1, 3))  # and L of no tile, fewer tokens than a tile
 TIMED = {  # name: problem, B, L
     "4k": (ChunkAttention(16, 1, 64, 64, 8, **BF16), 8, 4096),
     "64k": (CHECKED["g16"], 1, 65536),
@@ -64,7 +65,7 @@ def programs() -> Iterator[tuple[str, ChunkAttention, GpuTile | None]]:
             yield f"time-{name}-T{tile.tokens}s{tile.stages}b{tile.blocks}", p, tile
 
 
-def build_all(directory: Path, only: str) -> None:
+def build_all(directory: Path, only: str, emulate: bool = False) -> None:
     from hsa_compile.ir.programs.gpu import attention, decode
 
     for name, problem, tile in programs():
@@ -72,32 +73,34 @@ def build_all(directory: Path, only: str) -> None:
             continue
         program = decode.program(problem, GpuTile()) if tile is None else attention.program(problem, tile)
         arch = "sm_80" if tile is not None and not tile.wgmma else "sm_90a"
-        print(name, build(program, directory / name, arch), flush=True)
+        print(name, build(program, directory / name, arch, emulate), flush=True)
 
 
-def inputs(p: ChunkAttention, B: int, L: int, C: int, seed: int, skew: float = 1.0) -> dict[str, torch.Tensor]:
+def inputs(
+    p: ChunkAttention, B: int, L: int, C: int, seed: int, skew: float = 1.0, device: str = "cuda"
+) -> dict[str, torch.Tensor]:
     """Slots in any order, a fifth empty, some out of range, duplicates; some tokens and whole tiles select nothing."""
     import torch
 
-    g = torch.Generator("cuda").manual_seed(seed)
+    g = torch.Generator(device).manual_seed(seed)
     dtype = getattr(torch, p.dtype)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=g, device="cuda", dtype=dtype)
+        return torch.randn(shape, generator=g, device=device, dtype=dtype)
 
     slots = (B, L, p.kv_heads, p.top_k)
-    uniform = torch.rand(slots, generator=g, device="cuda")
+    uniform = torch.rand(slots, generator=g, device=device)
     indices = (uniform**skew * C).int()
-    empty = torch.rand(slots, generator=g, device="cuda") < 0.2
+    empty = torch.rand(slots, generator=g, device=device) < 0.2
     empty[:, ::7] = True
     empty[:, 64:128] = True
     indices[empty] = -1
-    indices[torch.rand(slots, generator=g, device="cuda") < 0.02] = C + 5
+    indices[torch.rand(slots, generator=g, device=device) < 0.02] = C + 5
     live = (indices >= 0) & (indices < C)
-    weights = torch.rand(slots, generator=g, device="cuda")
+    weights = torch.rand(slots, generator=g, device=device)
     weights[~live] = torch.nan
     memory = (B, C * p.chunk_size, p.kv_heads, p.head_dim)
-    o = torch.full((B, L, p.q_heads, p.head_dim), torch.nan, device="cuda", dtype=dtype)
+    o = torch.full((B, L, p.q_heads, p.head_dim), torch.nan, device=device, dtype=dtype)
     q, k, v = normal(B, L, p.q_heads, p.head_dim), normal(*memory), normal(*memory)
     return {"q": q, "k": k, "v": v, "indices": indices, "weights": weights, "o": o}
 
@@ -146,15 +149,15 @@ def judge(
     return passes, float(error.max()), float(allowed.max()), ratio
 
 
-def check(run: Standalone, name: str, p: ChunkAttention) -> list[dict[str, Any]]:
+def check(run: Standalone, name: str, p: ChunkAttention, device: str = "cuda") -> list[dict[str, Any]]:
     """Random inputs of several sizes and skews; then NaN in a query row and a chunk's keys, which must stay there."""
     import torch
 
     rows = []
-    for seed, ((B, L, C), skew) in enumerate(itertools.product(SHAPES, (1.0, 4.0))):
-        x = inputs(p, B, L, C, seed, skew)
+    shapes = SHAPES if device == "cuda" else EMULATED_SHAPES
+    for seed, ((B, L, C), skew) in enumerate(itertools.product(shapes, (1.0, 4.0))):
+        x = inputs(p, B, L, C, seed, skew, device)
         run.bind(x, B, L, C)()
-        torch.cuda.synchronize()
         passes, error, allowed, ratio = judge(p, x, [(b, slice(None)) for b in range(B)])
         first, repeated = x["o"].clone(), x["o"].fill_(torch.nan)
         run.bind(x, B, L, C)()
@@ -162,7 +165,7 @@ def check(run: Standalone, name: str, p: ChunkAttention) -> list[dict[str, Any]]
         x["q"][0, L // 2, 0] = torch.nan
         x["k"][0, : p.chunk_size, 0] = torch.nan
         run.bind(x, B, L, C)()
-        touched = torch.zeros(first.shape[:3], dtype=torch.bool, device="cuda")
+        touched = torch.zeros(first.shape[:3], dtype=torch.bool, device=device)
         touched[0, L // 2, 0] = True
         touched[0, :, : p.groups] |= (x["indices"][0, :, 0] == 0).any(-1, keepdim=True)
         kept = torch.equal(x["o"][~touched], first[~touched])
@@ -262,8 +265,20 @@ def run_all(directory: Path, output: Path | None) -> bool:
     return all(r.get("passes", True) for r in rows)
 
 
+def emulate_all(directory: Path, only: str) -> bool:
+    build_all(directory, only, emulate=True)
+    found = []
+    for name, problem, _ in programs():
+        if only in name and not name.startswith("time"):
+            found += check(Standalone(directory / name), name, problem, "cpu")
+            print(name, all(r["passes"] for r in found), max(r["rms_ratio"] for r in found), flush=True)
+    return all(r["passes"] for r in found)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "build":
         build_all(Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else "")
+    elif sys.argv[1] == "emulate":
+        sys.exit(not emulate_all(Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else ""))
     else:
         sys.exit(not run_all(Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None))

@@ -1,6 +1,7 @@
 """GPU programs as libraries that need neither a compiler nor this package's loader: built here, carried to a GPU.
 
-``build`` needs TileLang and nvcc but no GPU; ``Standalone`` needs PyTorch and the files alone.
+``build`` needs TileLang and nvcc, or g++ where the GPU is emulated (cuda_on_cpu.h); ``Standalone`` needs PyTorch and
+the files alone.
 """
 
 from __future__ import annotations
@@ -57,35 +58,44 @@ def nvcc(source: Path, output: Path, arch: str, fast_math: bool, *flags: str) ->
     return {name: max(map(int, values), default=0) for name, values in found.items()}
 
 
-def build(program: GpuProgram, directory: Path, arch: str) -> list[dict[str, int]]:
+def emulated(source: Path, output: Path) -> dict[str, int]:
+    """Compiles device and host source to run on this CPU, in fibers."""
+    text = re.sub(r"^#\s*(include|if|el|end|define|undef).*\n", "", source.read_text(), flags=re.MULTILINE)
+    shared = "extern __shared__ __align__(1024) uchar buf_dyn_shmem[];"
+    text = text.replace(shared, "uchar* buf_dyn_shmem = emulator.shared;").replace("__declspec(dllexport)", "")
+    adapted = source.with_suffix(".cc")
+    adapted.write_text('#include "cuda_on_cpu.h"\n#define ERROR_BUF_SIZE 1024\n' + text)
+    command = ["g++", "-std=c++20", "-O2", "-march=native", "-w", "-shared", "-fPIC", f"-I{Path(__file__).parent}"]
+    subprocess.run([*command, str(adapted), "-o", str(output)], check=True)
+    return {"registers": 0, "spills": 0}
+
+
+def build(program: GpuProgram, directory: Path, arch: str, emulate: bool = False) -> list[dict[str, int]]:
     """Writes a library a launch and ``program.json``; returns the ptxas reports."""
     directory.mkdir(parents=True, exist_ok=True)
     launches, reports = [], []
     for launch in program.launches:
-        source = directory / f"{launch.symbol}.cu"
+        source, library = directory / f"{launch.symbol}.cu", directory / f"{launch.symbol}.so"
         source.write_text(lower(launch, arch)[1])
-        fast_math = bool(launch.options.get("tl.enable_fast_math"))
-        flags = ("-shared", "-Xcompiler", "-fPIC", "-cudart", "static", "-Xlinker", "-s")
-        reports.append(nvcc(source, directory / f"{launch.symbol}.so", arch, fast_math, *flags))
+        if emulate:
+            reports.append(emulated(source, library))
+        else:
+            fast_math = bool(launch.options.get("tl.enable_fast_math"))
+            flags = ("-shared", "-Xcompiler", "-fPIC", "-cudart", "static", "-Xlinker", "-s")
+            reports.append(nvcc(source, library, arch, fast_math, *flags))
         match = re.search(r"int call\((.*?), cudaStream_t", source.read_text())
         assert match
         symbols = [p.split()[-1] for p in match[1].split(", ")][len(launch.arguments) :]
-        launches.append(
-            {
-                "symbol": launch.symbol,
-                "arguments": launch.arguments,
-                "dims": [launch.dims[s] for s in symbols],
-            }
-        )
+        dims = [launch.dims[s] for s in symbols]
+        launches.append({"symbol": launch.symbol, "arguments": launch.arguments, "dims": dims})
     scratch = [(r.name, r.dtype, r.elements) for r in program.scratch]
-    (directory / "program.json").write_text(
-        json.dumps({"tensors": program.tensors, "scratch": scratch, "launches": launches})
-    )
+    description = {"tensors": program.tensors, "scratch": scratch, "launches": launches}
+    (directory / "program.json").write_text(json.dumps(description))
     return reports
 
 
 class Standalone:
-    """A built program, callable on CUDA tensors in the order of the C interface."""
+    """A built program, callable on CUDA tensors, or on CPU tensors if it was built to be emulated."""
 
     def __init__(self, directory: Path) -> None:
         data = json.loads((directory / "program.json").read_text())
@@ -106,8 +116,9 @@ class Standalone:
             return int(eval(expression.replace("/", "//"), {"B": B, "L": L, "C": C}))
 
         tensors = dict(tensors)
+        device = tensors["o"].device
         for name, dtype, elements in self.scratch:
-            region = torch.empty(value(elements), dtype=getattr(torch, dtype), device="cuda")
+            region = torch.empty(value(elements), dtype=getattr(torch, dtype), device=device)
             tensors[name] = region.fill_(float("nan") if dtype.startswith("float") else -(2**30))
         calls = []
         for library, launch in zip(self.libraries, self.launches):
@@ -115,7 +126,7 @@ class Standalone:
             arguments += [ctypes.c_int64(value(d)) for d in launch["dims"]]
             if only in (None, launch["symbol"]):
                 calls.append((library, arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if device.type == "cuda" else None)
 
         def run(keep: dict[str, torch.Tensor] = tensors) -> None:
             for library, arguments in calls:
