@@ -72,8 +72,7 @@ def build_all(directory: Path, only: str, emulate: bool = False) -> None:
         if only not in name or (directory / name / "program.json").exists():
             continue
         program = decode.program(problem, GpuTile()) if tile is None else attention.program(problem, tile)
-        arch = "sm_80" if tile is not None and not tile.wgmma else "sm_90a"
-        print(name, build(program, directory / name, arch, emulate), flush=True)
+        print(name, build(program, directory / name, "sm_90a", emulate), flush=True)
 
 
 def inputs(

@@ -56,7 +56,8 @@ def program(problem: ChunkAttention, tile: GpuTile) -> GpuProgram:
     regions = lists.regions()
     dims = {"B": "B", "L": "L", "C": "C", "N": lists.tiles}
     attend = _attend(lists) if tile.wgmma else _attend_mma(lists)
-    launch = Launch("attend", attend, ("q", "k", "v", *(r.name for r in regions), "o"), dims, OPTIONS)
+    options = OPTIONS if tile.wgmma else {**OPTIONS, "tl.disable_wgmma": True}
+    launch = Launch("attend", attend, ("q", "k", "v", *(r.name for r in regions), "o"), dims, options)
     return GpuProgram(TENSORS, regions, (lists.launch(), launch))
 
 
