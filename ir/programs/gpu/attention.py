@@ -23,7 +23,7 @@ from hsa_compile.ir.programs.gpu.union import EMPTY, ROW_GROUP, UnionLists
 LOG2E = math.log2(math.e)
 SM80_SHARED = 160 * 1024  # bytes of shared memory that a thread block may take on sm_80, rounded down
 TENSORS = ("q", "k", "v", "indices", "weights", "o")
-# Every exchange through shared memory has its barrier written out; what the compiler adds costs a tenth of the time.
+# Every exchange through shared memory has its barrier written out; the compiler would add one to every iteration.
 OPTIONS = {
     "tl.enable_fast_math": True,
     "tl.disable_safe_memory_legalize": True,
