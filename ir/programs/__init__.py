@@ -98,15 +98,21 @@ class GpuTile:
         stages: chunks (or blocks of tokens) that are loaded ahead.
         blocks: thread blocks that should fit on one multiprocessor.
         pairs: most (token, slot) pairs of one work item of a chunk.
+        memory_stages: as ``stages``, of the pass that goes chunk by chunk.
+        memory_blocks: as ``blocks``, of that pass.
+        wgmma: use the matrix instructions and bulk copies of sm_90a instead of those of sm_80.
     """
 
     tokens: int = 8
     stages: int = 3
     blocks: int = 2
     pairs: int = 256
+    memory_stages: int = 3
+    memory_blocks: int = 3
+    wgmma: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "stages", "blocks", "pairs"):
+        for name in ("tokens", "stages", "blocks", "pairs", "memory_stages", "memory_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
