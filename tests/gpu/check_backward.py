@@ -1,8 +1,8 @@
-"""The backward of chunk attention on a GPU: built anywhere, then checked and timed there.
+"""The backward of chunk attention on a GPU, checked and timed, as ``build_backward.py`` built it.
 
-    python tests/gpu/check_backward.py build DIR [CASE ...]   # needs tilelang and nvcc, no GPU
-    python tests/gpu/check_backward.py check DIR [CASE ...]   # needs torch, a GPU and what was built
-    python tests/gpu/check_backward.py time DIR [CASE ...]
+    python tests/gpu/check_backward.py check DIR [CASE ...]
+    python tests/gpu/check_backward.py edges DIR [CASE ...]   # NaN stays where it belongs; offsets past 2^31
+    python tests/gpu/check_backward.py time DIR [CASE[@VARIANT] ...]
 
 Errors are judged against float64 gradients, beside a path that rounds probabilities and logit gradients to the
 problem's type before their products, as any half-precision attention does.
@@ -14,160 +14,22 @@ import ctypes
 import json
 import math
 import os
-import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hsa_compile.ir.operators import ChunkAttention
-from hsa_compile.ir.programs import GpuTile
-from hsa_compile.schedules.gpu_backward import attention_backward_tile
+import torch
+from build_backward import BENCH, CASES
 
+from hsa_compile.bench.selections import synthetic_selection
+from hsa_compile.ir.operators import ChunkAttention
+
+DEVICE = "cuda"
 NAMES = ("grad_o", "q", "k", "v", "indices", "weights", "d_q", "d_k", "d_v", "d_weights")
 
 
-@dataclass(frozen=True)
-class Case:
-    """A program, and the sizes and selection it is checked on: ``skew`` makes low chunks popular."""
-
-    problem: ChunkAttention
-    sizes: tuple[tuple[int, int, int], ...] = ((2, 333, 9),)
-    skew: float = 1.0
-    tile: GpuTile | None = None
-
-
-def problem(*sizes: int, off_by_one: bool = False, dtype: Any = "bfloat16") -> ChunkAttention:
-    return ChunkAttention(*sizes, off_by_one=off_by_one, dtype=dtype)
-
-
-EDGES = ((2, 333, 9), (1, 5, 0), (1, 1, 1), (3, 1000, 40), (1, 0, 3))
-CASES = {
-    "g16-k8": Case(problem(16, 1, 64, 64, 8), EDGES),
-    "g16-k16": Case(problem(16, 1, 64, 64, 16), ((1, 2000, 31),), skew=6.0),
-    "g16-d128": Case(problem(32, 2, 128, 64, 16), ((2, 333, 9), (1, 900, 100))),
-    "g1": Case(problem(16, 16, 64, 64, 16), ((2, 333, 9), (1, 2000, 31))),
-    "g2": Case(problem(16, 8, 64, 64, 16), ((2, 333, 9), (1, 2000, 31))),
-    "g4": Case(problem(16, 4, 64, 64, 16), ((2, 333, 9), (1, 2000, 31)), skew=4.0),
-    "g8": Case(problem(16, 2, 64, 64, 16), ((2, 333, 9), (1, 2000, 31))),
-    "g3-d96-s48": Case(problem(6, 2, 96, 48, 5, off_by_one=True, dtype="float16"), ((2, 333, 9), (1, 2000, 31))),
-    "g12-d80-s32": Case(problem(24, 2, 80, 32, 8, off_by_one=True), skew=3.0),
-    "g24-s16": Case(problem(24, 1, 64, 16, 20, dtype="float16"), ((2, 333, 9), (1, 70, 3))),
-    "g5-d32-s80": Case(problem(10, 2, 32, 80, 4), ((2, 333, 9), (1, 100, 70001))),
-    "s256": Case(problem(16, 2, 64, 256, 4, off_by_one=True)),
-    "s128-d128": Case(problem(16, 1, 128, 128, 4)),
-    "d256": Case(problem(8, 1, 256, 64, 4)),
-    "g1-k64": Case(problem(2, 2, 64, 64, 64), ((1, 400, 200),)),
-}
-VARIANTS = {  # tiles beside the default, as CASE@NAME
-    "t8": dict(tokens=8, stages=3, blocks=2),
-    "t8s2": dict(tokens=8, stages=2, blocks=2),
-    "s3": dict(stages=3, blocks=3),
-    "p512": dict(pairs=512),
-    "m2": dict(memory_stages=4, memory_blocks=2),
-}
-BENCH = {"g16-k8": (8, 4096), "g16-k16": (1, 65536), "g16-d128": (1, 32768)} | {
-    f"g{g}": (1, 32768) for g in (1, 2, 4, 8)
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------- build
-def lower(launch: Any, arch: str) -> str:
-    """CUDA source of a launch: its kernel and a host function ``call_<symbol>``."""
-    from tilelang import tvm
-    from tilelang.backend.module import create_backend_context
-    from tilelang.engine.lower import lower_with_context
-    from tilelang.jit.adapter.wrapper import TLCUDASourceWrapper
-
-    context = create_backend_context({"kind": "cuda", "arch": arch}, None, "cython")
-    with tvm.transform.PassContext(opt_level=3, config=launch.options), context.target:
-        lowered = lower_with_context(launch.function, context)
-    module = tvm.IRModule({launch.function.attrs["global_symbol"]: launch.function})
-    text = TLCUDASourceWrapper(
-        module, lowered.kernel_source, context.target, device_mod=lowered.device_mod, host_mod=lowered.host_mod,
-        pass_configs=launch.options,
-    ).lib_code  # fmt: skip
-    head, _, tail = text.partition('extern "C" TL_EXPORT const char* get_last_error() {')
-    head = re.sub(r"static char error_buf\[ERROR_BUF_SIZE\];", "", head)
-    tail = tail.partition('extern "C" TL_EXPORT int init()')[2]
-    tail = (
-        "static int init_"
-        + launch.symbol
-        + "()"
-        + tail.replace('extern "C" TL_EXPORT int call(', f"static int call_{launch.symbol}(")
-    )
-    # No launch may begin before the last has ended.
-    return head + tail.replace("config.numAttrs = 1;", "config.numAttrs = 0;")
-
-
-def host_source(program: Any, launches: list[str]) -> str:
-    """One C interface over all launches: sizes of the scratch regions, and run one launch."""
-    places = {name: i for i, name in enumerate([*program.tensors, *(r.name for r in program.scratch)])}
-    steps, inits = [], []
-    for i, (launch, text) in enumerate(zip(program.launches, launches)):
-        signature = re.search(rf"static int call_{launch.symbol}\((.*?)\) ?{{", text).group(1)
-        parameters = [re.sub(r"=.*", "", p).split()[-1].strip("*") for p in signature.split(",")]
-        types = [re.sub(r"=.*", "", p).replace("__restrict__", "").rsplit(None, 1)[0] for p in signature.split(",")]
-        pointers = list(launch.arguments)
-        values = []
-        for name, kind in zip(parameters, types):
-            if "*" in kind:
-                values.append(f"({kind})regions[{places[pointers.pop(0)]}]")
-            elif name == "stream":
-                values.append("(cudaStream_t)stream")
-            else:
-                values.append(f"({kind})({launch.dims[name]})")
-        steps.append(f"case {i}: return call_{launch.symbol}({', '.join(values)});")
-        inits.append(f"if (init_{launch.symbol}()) return error_buf;")
-    sizes = [f"case {i}: return {r.elements};" for i, r in enumerate(program.scratch)]
-    body = "".join(launches)
-    return f"""#include <cstdint>
-#include <cstdio>
-static char error_buf[1024];
-{body}
-extern "C" const char *setup() {{ {" ".join(inits)} return nullptr; }}
-extern "C" int64_t elements(int i, int64_t B, int64_t L, int64_t C) {{ switch (i) {{ {" ".join(sizes)} }} return -1; }}
-extern "C" int step(int i, void **regions, int64_t B, int64_t L, int64_t C, void *stream) {{
-  switch (i) {{ {" ".join(steps)} }} return -1; }}
-extern "C" const char *message() {{ return error_buf; }}
-"""
-
-
-def build(name: str, folder: Path, arch: str = "sm_90a") -> str:
-    """Lowers and compiles a case to ``folder/name.so`` and ``.json``; returns the report of registers and spills."""
-    from hsa_compile.ir.programs.gpu import attention_backward
-    from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
-
-    base, _, variant = name.partition("@")
-    case = CASES[base]
-    tile = replace(case.tile or attention_backward_tile(case.problem), **VARIANTS.get(variant, {}))
-    program = attention_backward.program(case.problem, tile)
-    source = folder / f"{name}.cu"
-    source.write_text(host_source(program, [lower(launch, arch) for launch in program.launches]))
-    command = [
-        "nvcc", "-std=c++20", "-O3", "-w", "-gencode", f"arch=compute_{arch[3:]},code={arch}", "--use_fast_math",
-        f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}", "-Xptxas", "-v", "-shared", "-Xcompiler", "-fPIC",
-        "-cudart", "static", str(source), "-o", str(folder / f"{name}.so"),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    data = {
-        "tile": asdict(tile),
-        "launches": [launch.symbol for launch in program.launches],
-        "scratch": [[r.name, r.dtype] for r in program.scratch],
-    }
-    (folder / f"{name}.json").write_text(json.dumps(data))
-    report = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", done.stderr, re.S
-    )
-    return ", ".join(f"{k.removesuffix('_kernel')} {r}" + (f" SPILLS {s}" if s != "0" else "") for k, s, r in report)
-
-
-# ------------------------------------------------------------------------------------------------------------------ run
 class Built:
     """A built backward on the current device."""
 
@@ -189,8 +51,6 @@ class Built:
         self, grad_o: Any, q: Any, k: Any, v: Any, indices: Any, weights: Any
     ) -> tuple[Any, Callable[[int], None]]:
         """(outputs, run one launch); outputs and scratch are poisoned."""
-        import torch
-
         B, L, C = q.shape[0], q.shape[1], k.shape[1] // self.problem.chunk_size
         outputs = [torch.full_like(x, math.nan) for x in (q, k, v, weights)]
         scratch = []
@@ -223,8 +83,6 @@ class Built:
 
 def gradients(p: ChunkAttention, inputs: tuple[Any, ...], dtype: Any, rounded: Any = None) -> tuple[Any, ...]:
     """Gradients in plain torch in ``dtype``; with ``rounded``, p and ds go through that type, and so do the results."""
-    import torch
-
     grad_o, q, k, v, indices, weights = inputs
     (B, L, Hq, D), Hkv, S, K = q.shape, p.kv_heads, p.chunk_size, p.top_k
     C, G = k.shape[1] // S, p.groups
@@ -266,17 +124,15 @@ def gradients(p: ChunkAttention, inputs: tuple[Any, ...], dtype: Any, rounded: A
 
 def inputs_for(p: ChunkAttention, B: int, L: int, C: int, skew: float, seed: int) -> tuple[Any, ...]:
     """Random inputs with a fifth of the slots empty, duplicates, weights of both signs and NaN in empty slots."""
-    import torch
-
-    g = torch.Generator(device="cuda").manual_seed(seed)
-    make = lambda *shape: torch.randn(shape, generator=g, device="cuda").to(getattr(torch, p.dtype))  # noqa: E731
+    g = torch.Generator(device=DEVICE).manual_seed(seed)
+    make = lambda *shape: torch.randn(shape, generator=g, device=DEVICE).to(getattr(torch, p.dtype))  # noqa: E731
     slots = (B, L, p.kv_heads, p.top_k)
-    indices = (torch.rand(slots, generator=g, device="cuda") ** skew * C).to(torch.int32).clamp(max=C - 1)
-    indices[torch.rand(slots, generator=g, device="cuda") < 0.2] = -1
+    indices = (torch.rand(slots, generator=g, device=DEVICE) ** skew * C).to(torch.int32).clamp(max=C - 1)
+    indices[torch.rand(slots, generator=g, device=DEVICE) < 0.2] = -1
     if L > 20:
         indices[:, 3:17] = -1
-        indices[:, 20:30, :, 1:] = indices[:, 20:30, :, :1]
-    weights = torch.randn(slots, generator=g, device="cuda")
+        indices[:, 20:30, :, 1::2] = indices[:, 20:30, :, : p.top_k // 2 * 2 : 2]
+    weights = torch.randn(slots, generator=g, device=DEVICE)
     weights[:, : L // 2] = weights[:, : L // 2].abs()
     weights[indices < 0] = math.nan
     rows, memory = (B, L, p.q_heads, p.head_dim), (B, C * p.chunk_size, p.kv_heads, p.head_dim)
@@ -298,15 +154,12 @@ def judge(got: tuple[Any, ...], low: tuple[Any, ...], exact: tuple[Any, ...]) ->
         ok = float(error.max()) <= 2 * float(allowed.max()) + 1e-5 * scale and rms <= 2 * rms_low + 2.5e-6 * scale
         fine &= ok
         relative = rms / max(1e-30, float(z.double().square().mean().sqrt()))
-        text.append(
-            f"{name} {relative:.1e} ({rms / max(rms_low, 1e-30):.2f}){'' if ok else ' BAD %.3g/%.3g' % (error.max(), allowed.max())}"
-        )
+        bad = "" if ok else f" BAD {float(error.max()):.3g}/{float(allowed.max()):.3g}"
+        text.append(f"{name} {relative:.1e} ({rms / max(rms_low, 1e-30):.2f}){bad}")
     return fine, "  ".join(text)
 
 
 def check(folder: Path, names: list[str]) -> bool:
-    import torch
-
     every = True
     for name in names:
         built, case = Built(folder, name), CASES[name.partition("@")[0]]
@@ -328,21 +181,19 @@ def check(folder: Path, names: list[str]) -> bool:
 
 def far_offsets(folder: Path) -> bool:
     """Tokens and chunks beyond 2^31 elements, beside the same ones alone."""
-    import torch
-
     built, near, tokens = Built(folder, "g16-k8"), 16, 96
     p = built.problem
     L, C = 2**31 // (p.q_heads * p.head_dim) + 2048, 2**31 // (p.chunk_size * p.head_dim) + 64
     small = inputs_for(p, 1, tokens, near, 1.0, 7)
-    q = torch.empty(1, L, p.q_heads, p.head_dim, device="cuda", dtype=small[1].dtype).fill_(1)
+    q = torch.empty(1, L, p.q_heads, p.head_dim, device=DEVICE, dtype=small[1].dtype).fill_(1)
     grad_o = q.clone()
     q[:, -tokens:], grad_o[:, -tokens:] = small[1], small[0]
-    k = torch.empty(1, C * p.chunk_size, 1, p.head_dim, device="cuda", dtype=q.dtype).fill_(1)
+    k = torch.empty(1, C * p.chunk_size, 1, p.head_dim, device=DEVICE, dtype=q.dtype).fill_(1)
     v = k.clone()
     k[:, -near * p.chunk_size :], v[:, -near * p.chunk_size :] = small[2], small[3]
-    indices = torch.full((1, L, 1, p.top_k), -1, device="cuda", dtype=torch.int32)
+    indices = torch.full((1, L, 1, p.top_k), -1, device=DEVICE, dtype=torch.int32)
     indices[:, -tokens:] = torch.where(small[4] >= 0, small[4] + (C - near), -1)
-    weights = torch.zeros(1, L, 1, p.top_k, device="cuda")
+    weights = torch.zeros(1, L, 1, p.top_k, device=DEVICE)
     weights[:, -tokens:] = small[5]
     got, want = built(grad_o, q, k, v, indices, weights), built(*small)
     tails = (
@@ -365,8 +216,6 @@ def far_offsets(folder: Path) -> bool:
 
 def strangers(folder: Path, name: str) -> bool:
     """NaN and infinity in rows and chunks must not change what has nothing to do with them, to the bit."""
-    import torch
-
     built, case = Built(folder, name), CASES[name]
     inputs = inputs_for(case.problem, 1, 500, 40, 1.0, 3)
     clean = built(*inputs)
@@ -375,12 +224,12 @@ def strangers(folder: Path, name: str) -> bool:
     q[:, 77], grad_o[:, 301, :, 3] = math.nan, math.inf
     k[:, 4 * S + 1, :, 2], k[:, 5 * S + 7, :, 1], v[:, 6 * S + 3, :, 0] = math.nan, -math.inf, math.nan
     dirty = built(grad_o, q, k, v, indices, weights)
-    touched = torch.isin(indices, torch.tensor(bad_chunks, device="cuda", dtype=torch.int32))  # [1, L, Hkv, K]
+    touched = torch.isin(indices, torch.tensor(bad_chunks, device=DEVICE, dtype=torch.int32))  # [1, L, Hkv, K]
     tokens = touched.any(-1)
     tokens[:, bad_tokens] = True
     slots = touched.clone()
     slots[:, bad_tokens] = True
-    chunks = torch.zeros(1, C, indices.shape[2], dtype=torch.bool, device="cuda")
+    chunks = torch.zeros(1, C, indices.shape[2], dtype=torch.bool, device=DEVICE)
     chunks[:, bad_chunks] = True
     for h in range(indices.shape[2]):
         chosen = indices[0, bad_tokens, h].flatten()
@@ -392,28 +241,25 @@ def strangers(folder: Path, name: str) -> bool:
     )
     same = [bool(torch.equal(a[~m], b[~m])) for a, b, m in zip(clean, dirty, masks)]
     marked = not bool(dirty[1][:, 4 * S : 6 * S].isfinite().any()) and not bool(dirty[3][touched].isfinite().all())
-    print(f"{'ok  ' if all(same) and marked else 'FAIL'} {name} NaN stays with what it belongs to: {same} {marked}", flush=True)
-    return all(same) and marked
+    fine = all(same) and marked
+    print(f"{'ok  ' if fine else 'FAIL'} {name} NaN stays with what it belongs to: {same} {marked}", flush=True)
+    return fine
 
 
 def bench(folder: Path, names: list[str], limit: int = 12) -> list[dict[str, Any]]:
-    import torch
-
-    from hsa_compile.bench.selections import synthetic_selection
-
     rows = []
-    flush = torch.empty(1 << 26, device="cuda")
+    flush = torch.empty(1 << 26, device=DEVICE)
     for name in names:
         base = name.split("@")[0]
         built = Built(folder, name)
         p, (B, L) = built.problem, BENCH[base]
         torch.manual_seed(0)
-        make = lambda *shape: torch.randn(shape, device="cuda", dtype=torch.bfloat16)  # noqa: B023,E731
+        make = lambda *shape: torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)  # noqa: E731
         rows_, memory = (B, L, p.q_heads, p.head_dim), (B, L, p.kv_heads, p.head_dim)
         grad_o, q, k, v = make(*rows_), make(*rows_), make(*memory), make(*memory)
         for kind in ("local", "random") if base.startswith("g16") else ("local",):
             indices = synthetic_selection(B, L, p.kv_heads, p.top_k, p.chunk_size, kind).cuda()
-            weights = torch.randn(indices.shape, device="cuda").masked_fill(indices < 0, -1e9).softmax(-1)
+            weights = torch.randn(indices.shape, device=DEVICE).masked_fill(indices < 0, -1e9).softmax(-1)
             outputs, step = built.prepare(grad_o, q, k, v, indices, weights)
             steps = range(len(built.launches))
             whole, parts = [], [[] for _ in steps]
@@ -446,7 +292,8 @@ def bench(folder: Path, names: list[str], limit: int = 12) -> list[dict[str, Any
             rows.append(row)
             parts_text = " ".join(f"{n} {t * 1e3:.0f}" for n, t in row["parts"].items())
             print(
-                f"{name} {kind} {ms:.3f} ms [{min(whole):.3f} {max(whole):.3f}] {row['tflops']:.0f} TFLOP/s, {step.bytes / B / L / p.kv_heads:.0f} B a token and kv head; us: {parts_text}",
+                f"{name} {kind} {ms:.3f} ms [{min(whole):.3f} {max(whole):.3f}] {row['tflops']:.0f} TFLOP/s,"
+                f" {step.bytes / B / L / p.kv_heads:.0f} B a token and kv head; us: {parts_text}",
                 flush=True,
             )
             del outputs, step
@@ -456,11 +303,7 @@ def bench(folder: Path, names: list[str], limit: int = 12) -> list[dict[str, Any
 
 def main() -> None:
     command, folder, names = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-    if command == "build":
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names or CASES:
-            print(name, build(name, folder), flush=True)
-    elif command == "check":
+    if command == "check":
         fine = check(folder, names or list(CASES))
         print("ALL CHECKED" if fine else "FAILED", flush=True)
     elif command == "edges":

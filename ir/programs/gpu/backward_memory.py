@@ -5,6 +5,7 @@ from typing import Any
 import tilelang.language as T
 
 from hsa_compile.ir.programs import GpuTile
+from hsa_compile.ir.programs.gpu.backward_queries import copy_keys_of
 from hsa_compile.ir.programs.gpu.pairs import Pairs, symbols
 
 LOG2E = 1.4426950408889634
@@ -28,12 +29,14 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
     NT = 128
     scale = problem.scale
     logit_scale = scale * LOG2E
-    bulk = G % 8 == 0  # the copy engine's swizzle repeats every 8 rows
+    bulk = tile.wgmma and G % 8 == 0  # the copy engine's swizzle repeats every 8 rows
+    multiply = T.wgmma_gemm if tile.wgmma else T.gemm
     swizzle = next(w for w in (64, 32, 16) if D % w == 0)
     LINE = -(-M // 32) * 32
     # A block sums all columns of dK and dV, or, where they would not fit into registers, a part of them.
     WIDTH = max(w for w in range(16, min(D, 128) + 1, 16) if D % w == 0)
     PARTS = D // WIDTH
+    copy_keys = copy_keys_of(pairs)
     B, C, KEYS, ROWS, BLOCKS, PLACES, ITEMS = symbols("B", "C", "KEYS", "ROWS", "BLOCKS", "PLACES", "ITEMS")
     ROW_ITEMS = symbols("ROW_ITEMS")[0]
 
@@ -102,8 +105,8 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
         d_k: T.Tensor((B, C, S, Hkv, D), dtype), d_v: T.Tensor((B, C, S, Hkv, D), dtype),
     ):  # fmt: skip
         with T.Kernel(ROW_ITEMS * PIECES * PARTS, Hkv, B, threads=NT) as (n, h, b):
-            Ks = T.alloc_shared((64, D), dtype)
-            Vs = T.alloc_shared((64, D), dtype)
+            Ks = T.alloc_shared((1, 64, D), dtype)
+            Vs = T.alloc_shared((1, 64, D), dtype)
             Qs = T.alloc_shared((stages, M, D), dtype)
             Ds = T.alloc_shared((stages, M, D), dtype)
             Ls = T.alloc_shared((stages, 2, LINE), "float32")
@@ -115,9 +118,10 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
             X = T.alloc_fragment((64, M), dtype)
             dK = T.alloc_fragment((64, WIDTH), "float32")
             dV = T.alloc_fragment((64, WIDTH), "float32")
-            ready = T.alloc_barrier(arrive_count=32)
-            full = T.alloc_barrier(arrive_count=[32] * stages)
-            empty = T.alloc_barrier(arrive_count=[NT // 32] * stages)
+            if tile.wgmma:
+                ready = T.alloc_barrier(arrive_count=32)
+                full = T.alloc_barrier(arrive_count=[32] * stages)
+                empty = T.alloc_barrier(arrive_count=[NT // 32] * stages)
             item = T.alloc_var("int32")
             piece = T.alloc_var("int32")
             part = T.alloc_var("int32")
@@ -145,14 +149,19 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
                         rows[i * NT + tx] = T.if_then_else(row < 0, -1 - row, row)
                         negative = negative | T.if_then_else(row < 0, 1, 0)
                 negative = T.syncthreads_or(negative)
-                if tx < 32:
-                    T.tma_copy(k[b, chunk * S + piece * 64 : chunk * S + piece * 64 + 64, h, :], Ks, barrier=ready)
-                    T.tma_copy(v[b, chunk * S + piece * 64 : chunk * S + piece * 64 + 64, h, :], Vs, barrier=ready)
-                    T.barrier_arrive(ready)
-                    if bulk:
-                        for i in T.unroll(stages):
-                            if i < count:
-                                load(q, grad_o, lse, delta, rows, T.truncdiv(first, tokens), Qs, Ds, Ls, full, i)
+                if tile.wgmma:
+                    if tx < 32:
+                        c = chunk * S + piece * 64
+                        T.tma_copy(k[b, c : c + 64, h, :], Ks[0, :, :], barrier=ready)
+                        T.tma_copy(v[b, c : c + 64, h, :], Vs[0, :, :], barrier=ready)
+                        T.barrier_arrive(ready)
+                        if bulk:
+                            for i in T.unroll(stages):
+                                if i < count:
+                                    load(q, grad_o, lse, delta, rows, T.truncdiv(first, tokens), Qs, Ds, Ls, full, i)
+                else:
+                    copy_keys(k, Ks, b, h, chunk * S + piece * 64, 64, KEYS)
+                    copy_keys(v, Vs, b, h, chunk * S + piece * 64, 64, KEYS)
                 T.fill(dK, 0)
                 T.fill(dV, 0)
                 if not bulk:
@@ -167,7 +176,8 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
                         if i < count:
                             gather(q, grad_o, lse, delta, rows, T.truncdiv(first, tokens), Qs, Ds, Ls, i)
                         T.ptx_commit_group()
-                T.barrier_wait(ready, 0)
+                if tile.wgmma:
+                    T.barrier_wait(ready, 0)
                 for i in T.serial(count):
                     if bulk:
                         T.barrier_wait(full[i % stages], (i // stages) & 1)
@@ -176,10 +186,13 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
                             gather(q, grad_o, lse, delta, rows, T.truncdiv(first, tokens), Qs, Ds, Ls, i + stages - 1)
                         T.ptx_commit_group()
                         T.ptx_wait_group(stages - 1)
-                        T.fence_proxy_async()
+                        if tile.wgmma:
+                            T.fence_proxy_async()
                         T.sync_threads()
-                    T.wgmma_gemm(Ks, Qs[i % stages, :, :], logits, transpose_B=True, policy=FULL_ROW, clear_accum=True)
-                    T.wgmma_gemm(Vs, Ds[i % stages, :, :], dP, transpose_B=True, policy=FULL_ROW, clear_accum=True)
+                    multiply(
+                        Ks[0, :, :], Qs[i % stages, :, :], logits, transpose_B=True, policy=FULL_ROW, clear_accum=True
+                    )
+                    multiply(Vs[0, :, :], Ds[i % stages, :, :], dP, transpose_B=True, policy=FULL_ROW, clear_accum=True)
                     if bulk and tx < 32:
                         if i > 0 and i - 1 + stages < count:
                             T.barrier_wait(empty[(i + stages - 1) % stages], ((i - 1) // stages) & 1)
@@ -187,15 +200,18 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
                                 q, grad_o, lse, delta, rows, T.truncdiv(first, tokens), Qs, Ds, Ls, full,
                                 i - 1 + stages,
                             )  # fmt: skip
-                    T.wait_wgmma(1)
+                    if tile.wgmma:
+                        T.wait_wgmma(1)
                     weigh(logits, Ls, P_, i, negative, signs)
-                    T.wait_wgmma(0)
+                    if tile.wgmma:
+                        T.wait_wgmma(0)
                     differentiate(logits, dP, Ls, X, i)
                     for e in T.unroll(PARTS):
                         if part == e:
-                            T.wgmma_gemm(P_, Ds[i % stages, :, e * WIDTH : (e + 1) * WIDTH], dV, policy=FULL_ROW)
-                            T.wgmma_gemm(X, Qs[i % stages, :, e * WIDTH : (e + 1) * WIDTH], dK, policy=FULL_ROW)
-                    T.wait_wgmma(0)
+                            multiply(P_, Ds[i % stages, :, e * WIDTH : (e + 1) * WIDTH], dV, policy=FULL_ROW)
+                            multiply(X, Qs[i % stages, :, e * WIDTH : (e + 1) * WIDTH], dK, policy=FULL_ROW)
+                    if tile.wgmma:
+                        T.wait_wgmma(0)
                     if bulk:
                         if tx % 32 == 0:
                             T.barrier_arrive(empty[i % stages])

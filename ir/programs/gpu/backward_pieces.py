@@ -10,7 +10,12 @@ import tilelang.language as T
 
 from hsa_compile.ir.programs import GpuTile
 from hsa_compile.ir.programs.gpu.backward_queries import (
-    FULL_ROW, LOG2E, copy_tile_rows, locate_pairs, tile_rows, warp_tokens,
+    FULL_ROW,
+    LOG2E,
+    copy_tile_rows,
+    locate_pairs,
+    tile_rows,
+    warp_tokens,
 )  # fmt: skip
 from hsa_compile.ir.programs.gpu.pairs import Pairs, symbols
 

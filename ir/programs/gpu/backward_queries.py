@@ -79,6 +79,17 @@ def copy_tile_rows(pairs: Pairs) -> Any:
     return copy_rows
 
 
+def copy_keys_of(pairs: Pairs) -> Any:
+    """A macro: ``rows`` keys or values from key c on to shared memory, zero past the last one. ``target`` is [1, rows, D]."""
+
+    @T.macro
+    def copy_keys(source, target, b, h, c, rows, KEYS):
+        for j, d in T.Parallel(rows, pairs.problem.head_dim):
+            target[0, j, d] = T.if_then_else(c + j < KEYS, source[b, c + j, h, d], T.cast(0, pairs.problem.dtype))
+
+    return copy_keys
+
+
 def query_pass(pairs: Pairs, tile: GpuTile) -> Any:
     """A block a tile of T tokens: T*G query rows, padded to whole warpgroups, against one entry's chunk at a time.
 
@@ -87,10 +98,12 @@ def query_pass(pairs: Pairs, tile: GpuTile) -> Any:
     """
     problem = pairs.problem
     Hq, Hkv, D, S, G = problem.q_heads, problem.kv_heads, problem.head_dim, problem.chunk_size, problem.groups
-    tokens, N, stages, dtype = pairs.tokens, pairs.slots, tile.stages, problem.dtype
+    tokens, N, dtype = pairs.tokens, pairs.slots, problem.dtype
+    stages = tile.stages if tile.wgmma else 1
     M = tile_rows(pairs)
     NT = M * 2
-    locate, copy_rows = locate_pairs(pairs), copy_tile_rows(pairs)
+    locate, copy_rows, copy_keys = locate_pairs(pairs), copy_tile_rows(pairs), copy_keys_of(pairs)
+    multiply = T.wgmma_gemm if tile.wgmma else T.gemm
     scale = problem.scale
     softmax = softmax_rows(M, S, scale * LOG2E, problem.off_by_one)
     B, L, KEYS, TILES, PLACES = symbols("B", "L", "KEYS", "TILES", "PLACES")
@@ -142,47 +155,59 @@ def query_pass(pairs: Pairs, tile: GpuTile) -> Any:
             weight = T.alloc_fragment((M,), "float32")
             row_delta = T.alloc_fragment((M,), "float32")
             place = T.alloc_fragment((M,), "int32")
-            full = T.alloc_barrier(arrive_count=[32] * stages)
-            empty = T.alloc_barrier(arrive_count=[NT // 32] * stages)
+            if tile.wgmma:
+                full = T.alloc_barrier(arrive_count=[32] * stages)
+                empty = T.alloc_barrier(arrive_count=[NT // 32] * stages)
             count = T.alloc_var("int32")
             low_tokens = T.alloc_var("int32")
             high_tokens = T.alloc_var("int32")
             T.annotate_min_blocks_per_sm(tile.blocks)
             tx = T.get_thread_binding()
             count = entry_count[b, h, n]
-            if tx < 32:
+            if tile.wgmma and tx < 32:
                 for i in T.unroll(stages):
                     if i < count:
                         load(k, v, entries, b, h, n, Ks, Vs, full, i)
             copy_rows(q, Qs, b, h, n, L)
             copy_rows(grad_o, Ds, b, h, n, L)
-            T.fence_proxy_async()
+            if tile.wgmma:
+                T.fence_proxy_async()
             T.fill(dQ, 0)
             low_tokens = warp_tokens(pairs, tx, 0)
             high_tokens = warp_tokens(pairs, tx, 32)
             T.sync_threads()
             for i in T.serial(count):
                 locate(entries, place_weight, b, h, n, i, place, weight)
-                T.barrier_wait(full[i % stages], (i // stages) & 1)
-                T.wgmma_gemm(Qs, Ks[i % stages, :, :], logits, transpose_B=True, policy=FULL_ROW, clear_accum=True)
-                T.wgmma_gemm(Ds, Vs[i % stages, :, :], dP, transpose_B=True, policy=FULL_ROW, clear_accum=True)
-                if tx < 32:
+                if tile.wgmma:
+                    T.barrier_wait(full[i % stages], (i // stages) & 1)
+                else:
+                    copy_keys(k, Ks, b, h, entries[b, h, n, i, 0] * S, S, KEYS)
+                    copy_keys(v, Vs, b, h, entries[b, h, n, i, 0] * S, S, KEYS)
+                    T.sync_threads()
+                multiply(Qs, Ks[i % stages, :, :], logits, transpose_B=True, policy=FULL_ROW, clear_accum=True)
+                multiply(Ds, Vs[i % stages, :, :], dP, transpose_B=True, policy=FULL_ROW, clear_accum=True)
+                if tile.wgmma and tx < 32:
                     if i > 0 and i - 1 + stages < count:
                         T.barrier_wait(empty[(i + stages - 1) % stages], ((i - 1) // stages) & 1)
                         load(k, v, entries, b, h, n, Ks, Vs, full, i - 1 + stages)
                 chosen = (entries[b, h, n, i, 2] & low_tokens) | (entries[b, h, n, i, 3] & high_tokens)
-                T.wait_wgmma(1)
+                if tile.wgmma:
+                    T.wait_wgmma(1)
                 if chosen != 0:
                     softmax(logits, peak, total)
-                T.wait_wgmma(0)
+                if tile.wgmma:
+                    T.wait_wgmma(0)
                 if chosen != 0:
                     differentiate(logits, dP, X, peak, total, place, weight, row_delta, lse, delta)
                 else:
                     T.fill(X, 0)
-                T.wgmma_gemm(X, Ks[i % stages, :, :], dQ, policy=FULL_ROW)
-                T.wait_wgmma(0)
-                if tx % 32 == 0:
-                    T.barrier_arrive(empty[i % stages])
+                multiply(X, Ks[i % stages, :, :], dQ, policy=FULL_ROW)
+                if tile.wgmma:
+                    T.wait_wgmma(0)
+                    if tx % 32 == 0:
+                        T.barrier_arrive(empty[i % stages])
+                else:
+                    T.sync_threads()
             for r, d in T.Parallel(M, D):
                 if r < tokens * G and n * tokens + r // G < L:
                     d_q[b, n * tokens + r // G, h * G + r % G, d] = dQ[r, d] * scale
@@ -215,12 +240,14 @@ def sum_heads(pairs: Pairs) -> Any:
                 if i * NT + tx < rows and t < L:
                     if place_of[b, t, slot // K, slot % K] >= 0:
                         total = 0
-                        for g in T.unroll(G // 4):
-                            for u in T.vectorized(4):
-                                part[u] = delta[place_of[b, t, slot // K, slot % K], g * 4 + u]
-                            total = total + ((part[0] + part[1]) + (part[2] + part[3]))
-                        for g in T.unroll(G % 4):
-                            total = total + delta[place_of[b, t, slot // K, slot % K], G // 4 * 4 + g]
+                        if G % 4 == 0:
+                            for g in T.unroll(G // 4):
+                                for u in T.vectorized(4):
+                                    part[u] = delta[place_of[b, t, slot // K, slot % K], g * 4 + u]
+                                total = total + ((part[0] + part[1]) + (part[2] + part[3]))
+                        else:
+                            for g in T.unroll(G):
+                                total = total + delta[place_of[b, t, slot // K, slot % K], g]
                         d_weights[b, t, slot // K, slot % K] = total
 
     return sum_heads

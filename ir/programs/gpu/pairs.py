@@ -10,7 +10,6 @@ It is a counting sort: counts of a segment of tokens, sums over segments, places
 so the result depends on nothing but the selection. Duplicate slots of a token are one pair with the sum of their weights.
 """
 
-import math
 from typing import Any
 
 import tilelang.language as T

@@ -1,12 +1,21 @@
 """The counting sort of (token, chunk) pairs: sums of counts, places, and the launches of the whole grouping."""
 
+import math
 from typing import Any
 
 import tilelang.language as T
 
 from hsa_compile.ir.programs import Launch
 from hsa_compile.ir.programs.gpu.pairs import (
-    SCAN_THREADS, THREADS, Pairs, count, masked_before, ones, scan, symbols, unite,
+    SCAN_THREADS,
+    THREADS,
+    Pairs,
+    count,
+    masked_before,
+    ones,
+    scan,
+    symbols,
+    unite,
 )  # fmt: skip
 
 
@@ -169,7 +178,7 @@ def place(pairs: Pairs) -> Any:
                                 leads = 0
                     place_of[b, t, h, slot] = T.if_then_else(broken[b, h, c] != 0, -1, p)
                     if broken[b, h, c] != 0:
-                        w = w * T.infinity("float32") * T.float32(0)
+                        w = T.float32(math.nan)
                         d_weights[b, t, h, slot] = w
                     if leads == 1:
                         row = (b * L + t) * Hkv + h
