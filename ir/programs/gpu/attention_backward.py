@@ -31,7 +31,7 @@ def program(problem: ChunkAttention, tile: GpuTile) -> GpuProgram:
     Scratch, in bytes a token and kv head: about ``K*(28 + 8*G)`` for the pairs and ``8*D*(1 + K*S/pairs)`` for partials.
 
     Raises:
-        ProblemError: the problem is float32, or S or D is not a multiple of 16 in 16..256.
+        ProblemError: the problem is float32, S or D is not a multiple of 16 in 16..256, or they are too wide for sm_80.
     """
     if problem.dtype == "float32":
         raise ProblemError("this backward takes float16 and bfloat16; float32 is served by the Triton programs")
@@ -49,6 +49,8 @@ def program(problem: ChunkAttention, tile: GpuTile) -> GpuProgram:
     )
     # A row of a tile takes 5/4 S + D/2 registers of each of its two threads' 255.
     by_pieces = problem.chunk_size * 5 // 4 + D // 2 > 224
+    if by_pieces and not tile.wgmma:
+        raise ProblemError("chunk_size * 5 / 4 + head_dim / 2 must be at most 224 below sm_90a")
     dims = {
         **pairs.dims, "PLACES": pairs.places, "BLOCKS": f"({pairs.places} / {pairs.block_tokens} > 0 ? {pairs.places} / {pairs.block_tokens} : 1)",
         "ITEMS": pairs.items, "ROWS": f"(L > 0 ? B * L : 1) * {problem.kv_heads}", "KEYS": f"(C > 0 ? C : 1) * {problem.chunk_size}",
