@@ -48,9 +48,9 @@ def _nvcc(target: GpuTarget) -> list[str]:
     return [cuda_compiler(), "-std=c++20", "-O3", "-w", "-gencode", architecture, "-Xcompiler", "-fPIC", *include]
 
 
-def _compile(name: str, directory: Path, target: GpuTarget) -> dict[str, int]:
+def _compile(name: str, directory: Path, target: GpuTarget, flags: list[str]) -> dict[str, int]:
     """Compiles ``<name>.cu`` to an object; returns what the kernel takes of the machine."""
-    command = [*_nvcc(target), "-Xptxas", "-v", "-c", f"{name}.cu", "-o", f"{name}.o"]
+    command = [*_nvcc(target), *flags, "-Xptxas", "-v", "-c", f"{name}.cu", "-o", f"{name}.o"]
     done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"nvcc failed on {name}.cu:\n{done.stderr[-3000:]}")
@@ -72,9 +72,12 @@ def main(directory: Path, request: dict[str, Any]) -> str:
         (directory / f"{launch.symbol}.cu").write_text(launcher_source(launch, kernel))
     symbol, table = table_source(program, problem, request["pass"], [kernel.symbol for kernel in kernels])
     (directory / "table.cu").write_text(table)
-    names = [*(launch.symbol for launch in program.launches), "table"]
+    # TileLang leaves it to nvcc to make exponentials single instructions where the program allows it.
+    flags = {x.symbol: ["-use_fast_math"] if x.options.get("tl.enable_fast_math") else [] for x in program.launches}
+    flags["table"] = []
+    names = list(flags)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        resources = dict(zip(names, pool.map(lambda name: _compile(name, directory, target), names)))
+        resources = dict(zip(names, pool.map(lambda name: _compile(name, directory, target, flags[name]), names)))
     for launch, kernel in zip(program.launches, kernels):
         resources[launch.symbol]["dynamic_shared_bytes"] = kernel.shared_bytes
     del resources["table"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from hsa_compile.ir import ChunkAttention
 from hsa_compile.ir.programs import GpuTile
 
@@ -17,7 +15,7 @@ SORTED_SLOTS = 4096
 REGISTERS = 65536
 
 
-def attention_tile(problem: ChunkAttention, arch: Literal["sm_90a", "sm_80"] = "sm_90a") -> GpuTile:
+def attention_tile(problem: ChunkAttention, arch: str = "sm_90a") -> GpuTile:
     """The forward tile of chunk attention.
 
     T*G = 64 rows: the smallest wgmma tile. A larger one meets more chunks that only some of its tokens selected. Two

@@ -69,7 +69,7 @@ def compiled(directory: Path, problem: ChunkAttention, tile: GpuTile, module: st
     ],
 )
 def test_compiles_without_spills(tmp_path: Path, problem: ChunkAttention, module: str, arch: str) -> None:
-    tile = attention_tile(problem, arch)  # type: ignore[arg-type]
+    tile = attention_tile(problem, arch)
     reports = compiled(tmp_path, problem, tile, module, arch)
     assert set(reports) == ({"unite", "attend"} if module == "attention" else {"attend", "add"})
     assert all(r["spills"] == 0 for r in reports.values()), reports
