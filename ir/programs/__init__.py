@@ -98,17 +98,21 @@ class GpuTile:
         stages: chunks (or blocks of tokens) that are loaded ahead.
         blocks: thread blocks that should fit on one multiprocessor.
         pairs: most (token, slot) pairs of one work item of a chunk.
+        bound: tiles of landmarks, the newest, that a selection scores twice: first for a bound of the K-th best score.
+        split: blocks that a selection divides the landmarks among, for few queries; 0 for one block a tile of queries.
     """
 
     tokens: int = 8
     stages: int = 3
     blocks: int = 2
     pairs: int = 256
+    bound: int = 1
+    split: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "stages", "blocks", "pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in {"tokens": 1, "stages": 1, "blocks": 1, "pairs": 1, "bound": 0, "split": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
