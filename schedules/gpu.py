@@ -6,6 +6,7 @@ from hsa_compile.ir import ChunkAttention, Problem
 from hsa_compile.ir.programs import GpuTile
 from hsa_compile.schedules.gpu_backward import attention_backward_tile
 from hsa_compile.schedules.gpu_forward import attention_tile
+from hsa_compile.schedules.gpu_select import select_tile
 from hsa_compile.schedules.target import GpuTarget
 
 
@@ -13,4 +14,4 @@ def tile_for(problem: Problem, pass_name: str, target: GpuTarget) -> GpuTile:
     """Tiles of a problem's pass, for inputs of many tokens."""
     if isinstance(problem, ChunkAttention):
         return attention_tile(problem, target.arch) if pass_name == "forward" else attention_backward_tile(problem)
-    return GpuTile()
+    return select_tile(problem, target.arch, pass_name)
