@@ -82,7 +82,9 @@ def main(directory: Path, request: dict[str, Any]) -> str:
         resources[launch.symbol]["dynamic_shared_bytes"] = kernel.shared_bytes
     del resources["table"]
     (directory / "resources.json").write_text(json.dumps(resources, indent=1) + "\n")
-    link = [cuda_compiler(), "-shared", "-cudart", "static", *(f"{name}.o" for name in names), "-o", "kernel.so"]
+    # Every object brings the same printing helpers of TileLang's header debug.h, which defines them without inline.
+    same = ["-Xlinker", "--allow-multiple-definition"]
+    link = [cuda_compiler(), "-shared", "-cudart", "static", *same, *(f"{name}.o" for name in names), "-o", "kernel.so"]
     subprocess.run(link, cwd=directory, check=True)
     for name in names:
         (directory / f"{name}.o").unlink()
