@@ -1,5 +1,8 @@
 """Which path computes an operator in PyTorch: a compiled kernel where one can be had, eager PyTorch elsewhere.
 
+Kernels are picked by the length of a segment, from a few buckets, as tuning records say; where PyTorch is asked for
+deterministic algorithms, one kernel serves all lengths.
+
 The NumPy reference is a third path, slow and only on demand: whole models are validated against it.
 """
 
@@ -18,7 +21,8 @@ from torch import Tensor
 from hsa_compile import eager
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem, reference
 from hsa_compile.native import Kernel
-from hsa_compile.schedules import BuildError, build
+from hsa_compile.schedules import BuildError, TargetError, bucket, build, choose
+from hsa_compile.schedules.choice import VARIABLE, Tile
 
 log = logging.getLogger("hsa_compile")
 
@@ -58,12 +62,23 @@ def _warn_once(reason: str) -> None:
 
 
 @functools.cache
-def _load(problem: Problem, pass_name: str) -> Kernel | str:
+def _load(problem: Problem, pass_name: str, tile: Tile) -> Kernel | str:
     """The kernel, or why it can't be had; remembered, so that a missing compiler costs one look."""
     try:
-        return Kernel(build(problem, pass_name))
+        return Kernel(build(problem, pass_name, tile=tile))
     except (BuildError, OSError) as error:
         return str(error)
+
+
+@functools.cache
+def _resolve(problem: Problem, pass_name: str, length: int | None, schedule: str | None) -> Kernel | str:
+    """The kernel of a bucket of lengths, None for the one that serves all. ``schedule`` is the variable's value, so
+    that a change of it is seen."""
+    try:
+        tile = choose(problem, pass_name, length=length).tile
+    except TargetError as error:
+        return str(error)
+    return _load(problem, pass_name, tile)
 
 
 def _by_definition(function: Callable[..., Any], problem: Problem, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -71,18 +86,19 @@ def _by_definition(function: Callable[..., Any], problem: Problem, inputs: tuple
     return [torch.from_numpy(x) for x in (results if isinstance(results, tuple) else (results,))]
 
 
-def _kernel(problem: Problem, pass_name: str, q: Tensor, slots: int) -> Kernel | None:
-    """The kernel to run, or None for the eager path. ``slots`` a row must be countable in 32 bits by a backward."""
+def _kernel(problem: Problem, pass_name: str, q: Tensor) -> Kernel | None:
+    """The kernel to run, or None for the eager path. Slots of a row must be countable in 32 bits by a backward."""
     backend = current_backend()
     if backend == "eager":
         return None
     found: Kernel | str
     if q.device.type != "cpu" or q.dtype != torch.float32:
         found = f"kernels are built for float32 on CPU, not {q.dtype} on {q.device.type}"
-    elif slots >= 2**31:
+    elif (slots := q.shape[1] * problem.top_k) >= 2**31:
         found = f"L*K = {slots} does not fit 32 bits"
     else:
-        found = _load(problem, pass_name)
+        length = None if torch.are_deterministic_algorithms_enabled() else bucket(q.shape[1])
+        found = _resolve(problem, pass_name, length, os.environ.get(VARIABLE))
     if isinstance(found, Kernel):
         return found
     if backend == "compiled":
@@ -99,7 +115,7 @@ def select(
         indices, scores = _by_definition(reference.select, problem, (q_r, landmark, position, chunks))
         return indices, scores.float()
     B, L = q_r.shape[:2]
-    kernel = _kernel(problem, "forward", q_r, L * problem.top_k)
+    kernel = _kernel(problem, "forward", q_r)
     if kernel is None:
         p = problem
         return eager.select(q_r, landmark, position, chunks, p.kv_heads, p.chunk_size, p.top_k, p.visible_lag)
@@ -118,7 +134,7 @@ def select_backward(
         d_q, d_landmark = _by_definition(reference.select_backward, problem, (grad_scores, q_r, landmark, indices))
         return d_q.to(q_r.dtype), d_landmark.to(landmark.dtype)
     B, L = q_r.shape[:2]
-    kernel = _kernel(problem, "backward", q_r, L * problem.top_k)
+    kernel = _kernel(problem, "backward", q_r)
     if kernel is None:
         return eager.select_backward(grad_scores, q_r, landmark, indices)
     outputs = (torch.empty(q_r.shape), torch.empty(landmark.shape))
@@ -132,7 +148,7 @@ def attention(problem: ChunkAttention, q: Tensor, k: Tensor, v: Tensor, indices:
     if current_backend() == "reference":
         return _by_definition(reference.attention, problem, (q, k, v, indices, weights))[0].to(q.dtype)
     B, L = q.shape[:2]
-    kernel = _kernel(problem, "forward", q, L * problem.top_k)
+    kernel = _kernel(problem, "forward", q)
     if kernel is None:
         return eager.attention(q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
     o = torch.empty(q.shape)
@@ -149,7 +165,7 @@ def attention_backward(
         grads = _by_definition(reference.attention_backward, problem, (grad_o, q, k, v, indices, weights))
         return tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, weights)))  # type: ignore[return-value]
     B, L = q.shape[:2]
-    kernel = _kernel(problem, "backward", q, L * problem.top_k)
+    kernel = _kernel(problem, "backward", q)
     if kernel is None:
         return eager.attention_backward(grad_o, q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
     outputs = tuple(torch.empty(x.shape) for x in (q, k, v, weights))
