@@ -310,7 +310,7 @@ def tune(
     ] = "both",
     context: Annotated[int | None, typer.Option(help="Tokens of memory. Default: the length, at least 4096.")] = None,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all.")] = 300.0,
-    strategy: Annotated[Literal["learned", "model", "random"], typer.Option(help="Order of the search.")] = "learned",
+    strategy: Annotated[Literal["learned", "model", "random"], typer.Option(help="Order of the search.")] = "model",
     clock: Annotated[
         Literal["auto", "wall", "cpu"], typer.Option(help="auto: the wall's, or processor time on a busy machine.")
     ] = "auto",

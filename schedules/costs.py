@@ -68,15 +68,24 @@ def estimate_ms(problem: Problem, pass_name: str, tile: CpuTile, load: Workload,
     """Milliseconds that a pass should take."""
     if isinstance(problem, ChunkAttention):
         cycles = _attention_cycles(problem, pass_name, tile, load, machine)
-        heads = problem.kv_heads
     elif pass_name == "forward":
         cycles = _select_cycles(problem, tile, load, machine)
-        heads = problem.retrieval_heads
     else:
         cycles = load.B * load.L * problem.kv_heads * problem.top_k * 2 * problem.retrieval_dim / tile.lanes * COPIED
-        return 1e3 * cycles * _cycle_seconds(tile, machine) / machine.threads
-    units = load.B * heads * math.ceil(load.L / tile.tokens)
-    return 1e3 * cycles * _cycle_seconds(tile, machine) / machine.threads * imbalance(units, machine.threads)
+    waiting = waiting_factor(problem, pass_name, tile, load, machine.threads)
+    return 1e3 * cycles * _cycle_seconds(tile, machine) / machine.threads * waiting
+
+
+def waiting_factor(problem: Problem, pass_name: str, tile: CpuTile, load: Workload, threads: int) -> float:
+    """How much longer a pass takes because threads wait for the last of the tiles."""
+    if isinstance(problem, ChunkAttention):
+        units = load.B * problem.kv_heads * math.ceil(load.L / tile.tokens)
+        # About half of the backward goes chunk by chunk, whatever the tile.
+        share = 0.5 if pass_name == "backward" else 1.0
+        return 1 + share * (imbalance(units, threads) - 1)
+    if pass_name == "backward":
+        return 1.0
+    return imbalance(load.B * problem.retrieval_heads * math.ceil(load.L / tile.tokens), threads)
 
 
 def _cycle_seconds(tile: CpuTile, machine: Machine) -> float:

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hsa_compile.ir import ChunkAttention
+from hsa_compile.ir.programs import CpuTile
 from hsa_compile.schedules import builder
 from hsa_compile.schedules.candidates import CandidateError, Job, Laboratory
 from hsa_compile.schedules.choice import ScheduleError, Tile, bucket, tile_from_dict
-from hsa_compile.schedules.costs import estimate_ms, imbalance
+from hsa_compile.schedules.costs import estimate_ms, waiting_factor
 from hsa_compile.schedules.device import device_for
 from hsa_compile.schedules.fingerprint import program_digest
 from hsa_compile.schedules.journal import Journal, Trial
@@ -29,7 +30,6 @@ FINALS_SHARE = 0.2  # of the time
 FINALISTS, LEAST_ROUNDS, MOST_ROUNDS = 4, 3, 15
 NOISE = 0.02  # a candidate has to be faster than the hand-picked tile by this share: medians repeat to about half of it
 BATCH = 2  # candidates a compiler between looks at the clock
-DEFAULT_STRATEGY = "learned"
 
 Progress = Callable[[float, str], None]
 
@@ -149,15 +149,10 @@ class Search:
 
     def score(self, tile: Tile, runs: list[float]) -> float:
         """The median; with processor time, also what threads that wait for each other would add."""
-        return statistics.median(runs) * self._waiting(tile)
-
-    def _waiting(self, tile: Tile) -> float:
-        if self.lab.clock != "cpu" or "tokens" not in self.space.choices:
-            return 1.0
-        problem, load = self.job.problem, self.job.load
-        heads = problem.kv_heads if isinstance(problem, ChunkAttention) else problem.retrieval_heads
-        units = load.B * heads * math.ceil(load.L / tile.tokens)
-        return imbalance(units, self.lab.machine.threads)
+        if self.lab.clock == "wall" or not isinstance(tile, CpuTile):
+            return statistics.median(runs)
+        job, threads = self.job, self.lab.machine.threads
+        return statistics.median(runs) * waiting_factor(job.problem, job.pass_name, tile, job.load, threads)
 
     def run(self, seconds: float, progress: Progress = lambda share, line: None) -> Outcome:
         """Searches for about that long.
