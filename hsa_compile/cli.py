@@ -24,6 +24,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
+records_app = typer.Typer(help="Look at, merge and compare tuning records.", no_args_is_help=True)
+app.add_typer(records_app, name="records")
 bench_app = typer.Typer(help="Measure models or kernels; saves JSON and a picture.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 # Tables that go to a file or a pipe are not squeezed into 80 columns.
@@ -35,15 +37,26 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Where to write.")]
 TargetName = Annotated[str, typer.Option("--target", "-t", help="cpu:native, or a level such as cpu:x86-64-v3.")]
 AnyTargetName = Annotated[str, typer.Option("--target", "-t", help="A CPU level as for export, or cuda:sm_90a.")]
 Data = Annotated[Path | None, typer.Option(help="A text file or a directory of them. Default: a public-domain book.")]
+ProblemText = Annotated[str | None, typer.Option(help="A problem as JSON, or a file with one or a list of them.")]
+PresetName = Annotated[str, typer.Option(help="The problems of a preset such as tiny, or of a checkpoint.")]
+Lengths = Annotated[list[int] | None, typer.Option("--length", help="Tokens of a segment; several times for several.")]
+Records = Annotated[list[Path] | None, typer.Argument(help="Files. Default: the user's and the packaged ones.")]
 Seed = Annotated[int, typer.Option(help="Makes the run repeatable.")]
 
 # What users can cause and mend: told in a line, without a traceback. Looked up by name, so that the modules that
 # define them are not imported to say --help.
 _USER_ERRORS = {
-    "BuildError", "BundleError", "CheckpointError", "ConfigError", "DataError", "LibraryError", "ProblemError",
-    "TargetError",
+    "BuildError", "BundleError", "CheckpointError", "ConfigError", "DataError", "JournalError", "LibraryError",
+    "ProblemError", "RecordError", "ScheduleError", "TargetError",
 }  # fmt: skip
-_EXTRAS = {"torch": "train", "safetensors": "train", "matplotlib": "train", "onnx": "export", "onnxscript": "export"}
+_EXTRAS = {
+    "torch": "train",
+    "safetensors": "train",
+    "matplotlib": "train",
+    "onnx": "export",
+    "onnxscript": "export",
+    "pydantic": "compile",
+}
 
 
 @contextmanager
@@ -131,13 +144,12 @@ def build(
         from rich.table import Table
 
         from hsa_compile.kernels import build_all
-        from hsa_compile.model.checkpoint import read_config
-        from hsa_compile.model.config import preset as preset_config
+        from hsa_compile.tuning import config_of
 
-        config = read_config(model)[0] if Path(model).exists() else preset_config(model)
+        config = config_of(model)
         table = Table("operator", "pass", "target", "library")
         with spinner("compiling") as say:
-            for artifact in build_all(config, training, target, dtype):
+            for artifact in build_all(config, training, target, dtype, every_length=True):
                 say(f"{artifact.problem.op} {artifact.pass_name} is done")
                 table.add_row(artifact.problem.op, artifact.pass_name, artifact.target, str(artifact.library))
         console.print(table)
@@ -270,6 +282,125 @@ def bench_kernels(
         with spinner("measuring") as say:
             rows = bench.run(shapes, seed, say)
         _save(kernels, rows, output, "kernels")
+
+
+@bench_app.command("tuning")
+def bench_tuning(
+    output: Output = Path("runs/bench"),
+    seconds: Annotated[float, typer.Option(help="Time for all; a later run goes on with the samples of this.")] = 240.0,
+    seed: Seed = 0,
+) -> None:
+    """Compare the tuner's strategies: best time by candidates tried, on samples of three search spaces."""
+    with friendly():
+        from hsa_compile.bench import tuning
+
+        with spinner("measuring") as say:
+            rows = tuning.run(tuning.default_jobs(), seconds, seed, say)
+        _save(tuning, rows, output, "tuning")
+
+
+@app.command()
+def tune(
+    target: TargetName = "cpu:native",
+    problem: ProblemText = None,
+    preset: PresetName = "tiny",
+    lengths: Lengths = None,
+    passes: Annotated[
+        Literal["forward", "backward", "both"], typer.Option("--pass", help="Which passes to tune.")
+    ] = "both",
+    context: Annotated[int | None, typer.Option(help="Tokens of memory. Default: the length, at least 4096.")] = None,
+    budget: Annotated[float, typer.Option(min=1, help="Seconds for all.")] = 300.0,
+    strategy: Annotated[Literal["learned", "model", "random"], typer.Option(help="Order of the search.")] = "model",
+    clock: Annotated[
+        Literal["auto", "wall", "cpu"], typer.Option(help="auto: the wall's, or processor time on a busy machine.")
+    ] = "auto",
+    records: Annotated[
+        Path | None, typer.Option(help="Where to write records. Default: $HSA_COMPILE_RECORDS, or beside the cache.")
+    ] = None,
+    output: Output = Path("runs/tune"),
+) -> None:
+    """Search for faster tiles on this machine; what is found is used from then on, `explain` says where.
+
+    What was tried is written down as it happens: after Ctrl-C the same command goes on from there.
+    """
+    with friendly():
+        from rich.progress import BarColumn
+
+        from hsa_compile import tuning
+
+        problems = tuning.parse_problems(problem) if problem else tuning.problems_of(tuning.config_of(preset))
+        names = ("forward", "backward") if passes == "both" else (passes,)
+        jobs = tuning.jobs_for(problems, lengths or tuning.LENGTHS[:1], names, target, context)
+        columns = (BarColumn(), TextColumn("{task.percentage:>3.0f} % {task.description}"), TimeElapsedColumn())
+        outcomes, written = [], set()
+        try:
+            with Progress(*columns, console=console, transient=True) as bar:
+                task = bar.add_task("starting", total=1.0)
+                for outcome, path in tuning.tune(
+                    jobs, budget, strategy,
+                    lambda share, line: bar.update(task, completed=share, description=escape(line)),
+                    None if clock == "auto" else clock, records,
+                ):  # fmt: skip
+                    outcomes.append(outcome)
+                    written.add(path)
+        except KeyboardInterrupt:
+            console.print(f"stopped after {len(outcomes)} of {len(jobs)} searches; the same command goes on from there")
+        if outcomes:
+            console.print(tuning.outcome_table(outcomes))
+            picture = tuning.plot(outcomes, output / "tune.png")
+            console.print(f"records {', '.join(map(str, sorted(written)))}, {picture}")
+        if len(outcomes) < len(jobs):
+            raise typer.Exit(130)
+
+
+@app.command()
+def explain(
+    problem: ProblemText = None, preset: PresetName = "tiny", lengths: Lengths = None, target: TargetName = "cpu:native"
+) -> None:
+    """Say which tile a problem's kernels are built with here, from which record, and why not from others."""
+    with friendly():
+        from hsa_compile import tuning
+
+        problems = tuning.parse_problems(problem) if problem else tuning.problems_of(tuning.config_of(preset))
+        for table in tuning.explain(problems, lengths or (1, *tuning.LENGTHS), target):
+            if table is not None:
+                console.print(table)
+
+
+@records_app.command("show")
+def records_show(files: Records = None) -> None:
+    """Show records, and whether they still fit the programs and the compiler."""
+    with friendly():
+        from hsa_compile import tuning
+        from hsa_compile.schedules import records
+
+        for path in tuning.record_files(files or []):
+            shelf = records.load(path)
+            console.print(tuning.records_table(shelf))
+            for complaint in shelf.refused:
+                console.print(f"[bold yellow]refused:[/] {escape(complaint)}", highlight=False)
+
+
+@records_app.command("merge")
+def records_merge(
+    files: Annotated[list[Path], typer.Argument(help="Files of records, of any machines.")],
+    into: Annotated[Path | None, typer.Option(help="A directory. Default: the user's.")] = None,
+) -> None:
+    """Take in the records of other files; of two for one thing the later stays."""
+    with friendly():
+        from hsa_compile.schedules import records
+
+        for path, count in records.merge(files, into).items():
+            console.print(f"{count} records taken into {path}")
+
+
+@records_app.command("diff")
+def records_diff(old: Path, new: Path) -> None:
+    """Show what differs between two files of records."""
+    with friendly():
+        from hsa_compile import tuning
+
+        console.print(tuning.changes(old, new))
 
 
 @app.command()

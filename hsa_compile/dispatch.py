@@ -1,5 +1,8 @@
 """Which path computes an operator in PyTorch: a built kernel where one can be had, Triton on GPUs, else eager PyTorch.
 
+Kernels are picked by the length of a segment, from a few buckets, as tuning records say; where PyTorch is asked for
+deterministic algorithms, one kernel serves all lengths.
+
 The NumPy reference is a third path, slow and only on demand: whole models are validated against it.
 """
 
@@ -19,7 +22,8 @@ from torch import Tensor
 from hsa_compile import eager
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem, ProblemError, reference
 from hsa_compile.native import CudaKernel, Kernel
-from hsa_compile.schedules import BuildError, build, gpu_target
+from hsa_compile.schedules import BuildError, TargetError, bucket, build, choose, gpu_target
+from hsa_compile.schedules.choice import VARIABLE, Tile
 
 log = logging.getLogger("hsa_compile")
 
@@ -60,13 +64,26 @@ def _warn_once(reason: str) -> None:
 
 
 @functools.cache
-def _load(problem: Problem, pass_name: str, target: str) -> Kernel | CudaKernel | str:
+def _load(problem: Problem, pass_name: str, target: str, tile: Tile) -> Kernel | CudaKernel | str:
     """The kernel, or why it can't be had; remembered, so that a missing compiler costs one look."""
     try:
-        artifact = build(problem, pass_name, target)
+        artifact = build(problem, pass_name, target, tile)
         return CudaKernel(artifact) if target.startswith("cuda:") else Kernel(artifact)
     except (BuildError, ProblemError, OSError) as error:
         return str(error)
+
+
+@functools.cache
+def _resolve(
+    problem: Problem, pass_name: str, target: str, length: int | None, schedule: str | None
+) -> Kernel | CudaKernel | str:
+    """The kernel of a bucket of lengths, None for the one that serves all. ``schedule`` is the variable's value, so
+    that a change of it is seen."""
+    try:
+        tile = choose(problem, pass_name, target, length).tile
+    except TargetError as error:
+        return str(error)
+    return _load(problem, pass_name, target, tile)
 
 
 @functools.cache
@@ -148,8 +165,8 @@ def _by_definition(function: Callable[..., Any], problem: Problem, inputs: tuple
     return [torch.from_numpy(x) for x in (results if isinstance(results, tuple) else (results,))]
 
 
-def _kernel(problem: Problem, pass_name: str, q: Tensor, slots: int) -> Kernel | CudaKernel | None:
-    """The built kernel, or None for the other paths. ``slots`` a row must be countable in 32 bits by a backward.
+def _kernel(problem: Problem, pass_name: str, q: Tensor) -> Kernel | CudaKernel | None:
+    """The built kernel, or None for the other paths. Slots of a row must be countable in 32 bits by a backward.
 
     On GPUs kernels are built on demand alone ("compiled"): nvcc takes half a minute, Triton serves at once.
     """
@@ -160,10 +177,11 @@ def _kernel(problem: Problem, pass_name: str, q: Tensor, slots: int) -> Kernel |
     found: Kernel | CudaKernel | str
     if not target or q.dtype not in KERNEL_DTYPES[q.device.type]:
         found = f"kernels are built for {_served()}, not {q.dtype} on {q.device}"
-    elif slots >= 2**31:
+    elif (slots := q.shape[1] * problem.top_k) >= 2**31:
         found = f"L*K = {slots} does not fit 32 bits"
     else:
-        found = _load(problem, pass_name, target)
+        length = None if torch.are_deterministic_algorithms_enabled() else bucket(q.shape[1])
+        found = _resolve(problem, pass_name, target, length, os.environ.get(VARIABLE))
     if not isinstance(found, str):
         return found
     if backend == "compiled":
@@ -192,7 +210,7 @@ def select(
         indices, scores = _by_definition(reference.select, problem, (q_r, landmark, position, chunks))
         return indices, scores.float()
     B, L = q_r.shape[:2]
-    kernel = _kernel(problem, "forward", q_r, L * problem.top_k)
+    kernel = _kernel(problem, "forward", q_r)
     if kernel is None:
         p = problem
         options = (p.kv_heads, p.chunk_size, p.top_k, p.visible_lag)
@@ -212,7 +230,7 @@ def select_backward(
         d_q, d_landmark = _by_definition(reference.select_backward, problem, (grad_scores, q_r, landmark, indices))
         return d_q.to(q_r.dtype), d_landmark.to(landmark.dtype)
     B, L = q_r.shape[:2]
-    kernel = _kernel(problem, "backward", q_r, L * problem.top_k)
+    kernel = _kernel(problem, "backward", q_r)
     if kernel is None:
         return _plain("select_backward", q_r, grad_scores, q_r, landmark, indices)
     outputs = _empty_like(q_r, landmark)
@@ -226,7 +244,7 @@ def attention(problem: ChunkAttention, q: Tensor, k: Tensor, v: Tensor, indices:
     if current_backend() == "reference":
         return _by_definition(reference.attention, problem, (q, k, v, indices, weights))[0].to(q.dtype)
     B, L = q.shape[:2]
-    kernel = _kernel(problem, "forward", q, L * problem.top_k)
+    kernel = _kernel(problem, "forward", q)
     if kernel is None:
         return _plain("attention", q, q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
     (o,) = _empty_like(q)
@@ -243,7 +261,7 @@ def attention_backward(
         grads = _by_definition(reference.attention_backward, problem, (grad_o, q, k, v, indices, weights))
         return tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, weights)))  # type: ignore[return-value]
     B, L = q.shape[:2]
-    kernel = _kernel(problem, "backward", q, L * problem.top_k)
+    kernel = _kernel(problem, "backward", q)
     if kernel is None:
         options = (problem.chunk_size, problem.off_by_one)
         return _plain("attention_backward", q, grad_o, q, k, v, indices, weights, *options)

@@ -1,8 +1,9 @@
-"""The GPU compilers' process: ``python -m hsa_compile.schedules.cuda_worker DIRECTORY`` with a build request on its
-input.
+"""The GPU compilers' process: ``python -m hsa_compile.schedules.cuda_worker`` answers requests of
+``schedules/worker.py``.
 
-Writes a .cu of each launch (TileLang's kernel and its launcher), table.cu (the C interface), kernel.so and
-resources.json (registers, spills and shared memory of each kernel) there; prints the kernel's C symbol.
+A request names a directory and a build request; the answer is the kernel's C symbol. A .cu of each launch (TileLang's
+kernel and its launcher), table.cu (the C interface), kernel.so and resources.json (registers, spills and shared memory
+of each kernel) are written there.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from hsa_compile.schedules.builder import cuda_compiler
 from hsa_compile.schedules.cuda_glue import launcher_source, table_source
 from hsa_compile.schedules.cuda_lowering import lower
 from hsa_compile.schedules.target import GpuTarget, resolve_gpu
+from hsa_compile.schedules.worker import serve
 
 HOST = Path(__file__).parent / "host"
 
@@ -92,4 +93,4 @@ def main(directory: Path, request: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(main(Path(sys.argv[1]), json.load(sys.stdin)))
+    serve(lambda message: {"symbol": main(Path(message["directory"]), message["request"])})
