@@ -6,9 +6,12 @@ segment completes, R tokens of a ring, r tokens of the unfinished chunk; the res
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hsa_compile.model.cache import write_rows
 from hsa_compile.model.config import ModelConfig
@@ -27,11 +30,16 @@ class UpperGroup(nn.Module):
 
 
 class HsaModel(nn.Module):
-    """Byte- or token-level language model with hierarchical sparse attention."""
+    """Byte- or token-level language model with hierarchical sparse attention.
+
+    Attributes:
+        recompute: keep no activations inside layers for the backward of ``forward``, make them again there.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.lower = nn.ModuleList(SwaLayer(config) for _ in range(config.lower_layers))
         self.encoder = ChunkEncoder(config)
@@ -71,14 +79,19 @@ class HsaModel(nn.Module):
         window = SlidingWindow(self.config, 0, L, ids_BL.device)
         x = self.embedding(ids_BL)
         for layer in self.lower:
-            x, _, _ = layer(x, window)
-        memory = self.encoder(x[:, : C * S].unflatten(1, (C, S)))
+            x, _, _ = self._run(layer, x, window)
+        memory = self._run(self.encoder, x[:, : C * S].unflatten(1, (C, S)))
         position = ids_BL.new_zeros(B, dtype=torch.int64)
         for group in self.groups:
-            x = group.hsa(x, memory, position, position + C)  # type: ignore[operator]
+            x = self._run(group.hsa, x, memory, position, position + C)  # type: ignore[arg-type]
             for layer in group.layers:  # type: ignore[union-attr]
-                x, _, _ = layer(x, window)
+                x, _, _ = self._run(layer, x, window)
         return self.head(self.norm(x))
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
     def start(self, batch: int = 1, capacity: int = 16) -> State:
         """The state before the first token of ``batch`` texts, with room for ``capacity`` chunks (it grows)."""
@@ -178,10 +191,16 @@ class _Rings:
         return x
 
 
-def sequence_loss(logits_BLV: Tensor, targets_BL: Tensor, weights_BL: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy in nats, weighted a token where weights are given."""
+def sequence_loss(
+    logits_BLV: Tensor, targets_BL: Tensor, weights_BL: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy in nats, weighted a token where weights are given.
+
+    Args:
+        total: what the weights of the whole batch add up to, where this is a part of it; the parts' losses add up.
+    """
     loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="none")
     if weights_BL is None:
         return loss.mean()
     weights = weights_BL.flatten()
-    return (loss * weights).sum() / weights.sum()
+    return (loss * weights).sum() / (weights.sum() if total is None else total)
