@@ -8,13 +8,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from hsa_compile.model.train import TrainResult
 
 app = typer.Typer(
     help="Train, compile and deploy language models with hierarchical sparse attention.\n\n"
@@ -135,22 +138,21 @@ def train(
         if resume and recipe is None:
             config = saved_recipe(given.get("out", config.out))
         result = run_training(dataclasses.replace(config, **given), resume)
-        if not _is_main_process():
-            return
-        if result.losses:
-            console.print(f"loss {result.losses[0]:.3f} → {result.losses[-1]:.3f} in {result.seconds:.0f} s")
-        console.print(f"checkpoint {result.checkpoint}, loss plot {result.checkpoint / 'loss.png'}")
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+            _say_how_it_went(result)
         if result.interrupted:
-            console.print(f"stopped at step {len(result.losses)}; the same command with --resume goes on")
             raise typer.Exit(130)
+
+
+def _say_how_it_went(result: TrainResult) -> None:
+    console.print(f"loss {result.losses[0]:.3f} → {result.losses[-1]:.3f} in {result.seconds:.0f} s")
+    console.print(f"checkpoint {result.checkpoint}, loss plot {result.checkpoint / 'loss.png'}")
+    if result.interrupted:
+        console.print(f"stopped at step {len(result.losses)}; the same command with --resume goes on")
 
 
 def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 @app.command()
