@@ -5,11 +5,16 @@ Work goes in blocks of tokens so that what is gathered stays bounded. Half preci
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Elements of the largest temporary: 2^24 floats are 64 MiB, about what a laptop's caches and allocator bear well.
 BLOCK_ELEMENTS = 1 << 24
@@ -21,10 +26,25 @@ def _blocks(length: int, elements_a_token: int) -> Iterator[slice]:
         yield slice(start, min(length, start + step))
 
 
+def _in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Autocast reaches into operators and would round the float32 products here to half precision again."""
+
+    @functools.wraps(function)
+    def precise(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = args[0].device.type  # type: ignore[attr-defined]
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return precise
+
+
 def _accumulate(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@_in_own_precision
 def select(
     q_r_BLHrDr: Tensor,
     landmark_BCHrDr: Tensor,
@@ -74,6 +94,7 @@ def _best(s_BLHC: Tensor, visible: Tensor, k: int) -> Tensor:
     return torch.where(best == torch.iinfo(torch.int64).min, -1, best & 0xFFFFFFFF).sort(-1, descending=True).values
 
 
+@_in_own_precision
 def select_backward(
     grad_scores_BLHkvK: Tensor, q_r_BLHrDr: Tensor, landmark_BCHrDr: Tensor, indices_BLHkvK: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -136,6 +157,7 @@ def _attention_blocks(q: Tensor, k: Tensor, indices: Tensor, S: int) -> Iterator
     return _blocks(length, q.shape[0] * gathered_tokens * (2 * k.shape[2] * k.shape[3] + 2 * q.shape[2]))
 
 
+@_in_own_precision
 def attention(
     q_BLHqD: Tensor,
     k_BTHkvD: Tensor,
@@ -153,6 +175,7 @@ def attention(
     return o
 
 
+@_in_own_precision
 def attention_backward(
     grad_o_BLHqD: Tensor,
     q_BLHqD: Tensor,

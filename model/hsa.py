@@ -88,13 +88,18 @@ class HsaLayer(MemoryReader):
             return noisy_chunk_select(q_r, memory.landmark, position_B, chunks_B, *sizes, noise=c.selection_noise)
         return chunk_select(q_r, memory.landmark, position_B, chunks_B, *sizes)
 
+    def weigh(self, indices_BLHK: Tensor, scores_BLHK: Tensor) -> Tensor:
+        """Weights [B, L, Hkv, K] of what ``select`` gave."""
+        if self.config.rank_decay:  # slots come newest first
+            rank = torch.arange(scores_BLHK.shape[-1], device=scores_BLHK.device)
+            scores_BLHK = scores_BLHK + self.rank_decay.float() * rank
+        return slot_weights(indices_BLHK, scores_BLHK, self.config.weights)
+
     def retrieve(self, x_BLd: Tensor, memory: Memory, position_B: Tensor, chunks_B: Tensor) -> Tensor:
         """HSA of the normed stream, [B, L, d]."""
         c = self.config
         indices, scores = self.select(x_BLd, memory, position_B, chunks_B, self.top_k)
-        if c.rank_decay:  # slots come newest first
-            scores = scores + self.rank_decay.float() * torch.arange(scores.shape[-1], device=scores.device)
-        weights = slot_weights(indices, scores, c.weights)
+        weights = self.weigh(indices, scores)
         q = self.q_norm(self.to_q(x_BLd).unflatten(-1, (c.hsa_heads, c.hsa_head_dim)))
         o = chunk_attention(q, memory.k, memory.v, indices, weights, c.chunk_size, c.off_by_one)
         return self.out(o.flatten(2))

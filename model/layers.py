@@ -31,8 +31,9 @@ class RmsNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-        if not plain or torch.compiler.is_exporting():
-            return super().forward(x)
+        if torch.compiler.is_exporting() or not plain:
+            # The result has the dtype of x: under autocast, queries and keys stay in the values' half precision.
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
         mean_square = torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1]
         return (x * self.weight) * torch.rsqrt(mean_square + NORM_EPS)
 

@@ -10,10 +10,12 @@ reads the memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hsa_compile.model.baselines import FullAttention, MeanPooledMemory, NsaLayer
 from hsa_compile.model.cache import write_rows
@@ -44,11 +46,16 @@ class UpperGroup(nn.Module):
 
 
 class HsaModel(nn.Module):
-    """Byte- or token-level language model with hierarchical sparse attention, or one of its baselines."""
+    """Byte- or token-level language model with hierarchical sparse attention, or one of its baselines.
+
+    Attributes:
+        recompute: keep no activations inside layers for the backward of ``forward``, make them again there.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         if config.architecture == "landmark":
             self.landmark_token = nn.Parameter(torch.empty(config.d_model))
@@ -123,21 +130,26 @@ class HsaModel(nn.Module):
         span = self.span(0, L, None, starts_BL)
         x = self.embed(ids_BL, span)
         for layer in self.lower:
-            x, _, _ = layer(x, span)
+            x, _, _ = self._run(layer, x, span)
         memory: Memory | PackedMemory | None = None
         if self.encoder is not None and starts_BL is not None:
             memory = PackedMemory(self.encoder, x, S, starts_BL)
         elif self.encoder is not None:
-            memory = self.encoder(x[:, : C * S].unflatten(1, (C, S)))
+            memory = self._run(self.encoder, x[:, : C * S].unflatten(1, (C, S)))
         position = ids_BL.new_zeros(B, dtype=torch.int64)
         for group in self.groups:
             if isinstance(memory, PackedMemory):
                 x = memory.read(group.hsa, x)  # type: ignore[arg-type]
             elif memory is not None:
-                x = group.hsa(x, memory, position, position + C)  # type: ignore[operator]
+                x = self._run(group.hsa, x, memory, position, position + C)  # type: ignore[arg-type]
             for layer in group.layers:  # type: ignore[union-attr]
-                x, _, _ = layer(x, span)
+                x, _, _ = self._run(layer, x, span)
         return self.logits(x, span)
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> Any:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
     def start(self, batch: int = 1, capacity: int = 16) -> State:
         """The state before the first token of ``batch`` texts, with room for ``capacity`` chunks (it grows)."""
@@ -294,10 +306,16 @@ class Rings:
         return x
 
 
-def sequence_loss(logits_BLV: Tensor, targets_BL: Tensor, weights_BL: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy in nats, weighted a token where weights are given."""
+def sequence_loss(
+    logits_BLV: Tensor, targets_BL: Tensor, weights_BL: Tensor | None = None, total: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy in nats, weighted a token where weights are given.
+
+    Args:
+        total: what the weights of the whole batch add up to, where this is a part of it; the parts' losses add up.
+    """
     loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="none")
     if weights_BL is None:
         return loss.mean()
     weights = weights_BL.flatten()
-    return (loss * weights).sum() / weights.sum()
+    return (loss * weights).sum() / (weights.sum() if total is None else total)

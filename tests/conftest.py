@@ -28,6 +28,12 @@ def light() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training draws no picture, which takes longer than a few steps of a small model."""
+    monkeypatch.setattr("hsa_compile.model.train.plot_losses", lambda path, *_: path.touch())
+
+
+@pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.empty and empty_like give tensors full of NaN (or a wild index), so that nothing that was left unwritten
     hides."""
