@@ -234,14 +234,14 @@ class _Run:
         if not self.peak_rate:
             dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
             self.peak_rate = sum(self.world.sum([matmul_rate(self.world.device, dtype)]))
-        rate = self.flops / max(self.seconds, 1e-9)
         found = {"held_out_loss": loss, "tokens_per_second": round(self.tokens_per_second, 1)}
-        if self.config.model.architecture != "hsa":
-            return found
-        return found | {
-            "mfu": round(rate / self.peak_rate, 4), "peak_flops": self.peak_rate,
-            "empty_slots": round(selections.empty_share, 4), "selection_entropy": round(selections.mean_entropy, 4),
-        }  # fmt: skip
+        if self.flops:
+            rate = self.flops / max(self.seconds, 1e-9)
+            found |= {"mfu": round(rate / self.peak_rate, 4), "peak_flops": self.peak_rate}
+        if selections.slots:
+            found["empty_slots"] = round(selections.empty_share, 4)
+            found["selection_entropy"] = round(selections.mean_entropy, 4)
+        return found
 
     def _save(self) -> None:
         about = {

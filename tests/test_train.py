@@ -218,7 +218,7 @@ def test_recipe_files(tmp_path: Path) -> None:
     [
         ("stepz = 3", "unknown training fields stepz; known: accumulate, answer_weight, batch"),
         ('steps = "3"', "steps must be int, got '3'"),
-        ("[model]\nwidth = 3", "unknown model config fields width; known: bypass"),
+        ("[model]\nwidth = 3", "unknown model config fields width; known: architecture, bypass"),
         ('model = "huge"', "unknown preset 'huge'"),
         ('[model]\npreset = "huge"', "unknown preset 'huge'"),
         ("model = 3", "must be a JSON object"),
@@ -240,3 +240,16 @@ def test_recipe_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="is not valid JSON"):
         read_recipe(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "known"), [("swa", set()), ("mamba-hsa", {"empty_slots", "selection_entropy"})]
+)
+def test_of_other_architectures_what_is_known_is_recorded(
+    recipe: TrainConfig, architecture: Any, known: set[str]
+) -> None:
+    model = dataclasses.replace(recipe.model, architecture=architecture)
+    result = train(dataclasses.replace(recipe, model=model, steps=2, eval_every=2))
+    last = json.loads((Path(recipe.out) / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["held_out_loss"] == result.held_out[-1][1] > 0
+    assert {"mfu", "empty_slots", "selection_entropy"} & set(last) == known
