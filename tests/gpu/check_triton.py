@@ -176,6 +176,8 @@ def jobs() -> Iterator[tuple[str, Callable[[], object]]]:
     for name, (attentions, selects) in DTYPES.items():
         dtype = getattr(torch, name)
         for case, shape in ATTENTION[:attentions]:
+            if name == "float32" and case[3] > 128:
+                continue  # no multiprocessor holds such a chunk in the backward: dispatch runs it eagerly
             yield f"attention {case} {shape} {name}", lambda a=case, b=shape, c=dtype: check_attention(a, b, c)
         for case, shape in SELECT[:selects]:
             yield f"select {case} {shape} {name}", lambda a=case, b=shape, c=dtype: check_select(a, b, c)
