@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_passed_over_with_a_reason(device: Any, changes: An
 def test_a_missing_record_warns_once_where_the_user_has_tuned_and_is_quiet_elsewhere(
     caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="hsa_compile")
     choose(PROBLEM, length=256)
     save(a_record(program="0" * 12), directory=tmp_path / "packaged")
     choose(PROBLEM, length=300)
