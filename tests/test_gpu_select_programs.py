@@ -37,7 +37,7 @@ def compile_program(problem: ChunkSelect, tile: GpuTile, module: str, arch: str,
 @needs_nvcc
 @pytest.mark.parametrize(
     ("arch", "module", "pass_name", "decode"),
-    [("sm_90a", "select", "forward", False), ("sm_80", "select", "forward", True)],
+    [("sm_90a", "select", "forward", False), pytest.param("sm_80", "select", "forward", True, marks=pytest.mark.slow)],
 )
 def test_forward_compiles_without_spills(arch: str, module: str, pass_name: str, decode: bool, tmp_path: Path) -> None:
     report = compile_program(NARROW, select_tile(NARROW, arch, pass_name, decode), module, arch, tmp_path)
@@ -46,6 +46,7 @@ def test_forward_compiles_without_spills(arch: str, module: str, pass_name: str,
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_backward_compiles(tmp_path: Path) -> None:
     report = compile_program(NARROW, select_tile(NARROW, "sm_80", "backward"), "select_backward", "sm_80", tmp_path)
     assert report.count("registers") == 8
