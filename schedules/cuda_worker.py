@@ -8,11 +8,17 @@ of each kernel) are written there.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,7 +29,7 @@ from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
 
 from hsa_compile.ir import Problem, problem_from_dict
 from hsa_compile.ir.programs import GpuProgram, GpuTile
-from hsa_compile.schedules.builder import cuda_compiler
+from hsa_compile.schedules.builder import cache_directory, cuda_compiler
 from hsa_compile.schedules.cuda_glue import launcher_source, table_source
 from hsa_compile.schedules.cuda_lowering import lower
 from hsa_compile.schedules.target import GpuTarget, resolve_gpu
@@ -49,19 +55,46 @@ def _nvcc(target: GpuTarget) -> list[str]:
     return [cuda_compiler(), "-std=c++20", "-O3", "-w", "-gencode", architecture, "-Xcompiler", "-fPIC", *include]
 
 
+@functools.cache
+def _versions() -> str:
+    """Of what an object depends on besides its source: nvcc, and the headers that come with TileLang."""
+    nvcc = subprocess.run([cuda_compiler(), "--version"], capture_output=True, text=True, check=True).stdout
+    host = "".join(path.read_text() for path in sorted(HOST.glob("*.h")))
+    return nvcc + host + importlib.metadata.version("tilelang")
+
+
 def _compile(name: str, directory: Path, target: GpuTarget, flags: list[str]) -> dict[str, int]:
-    """Compiles ``<name>.cu`` to an object; returns what the kernel takes of the machine."""
-    command = [*_nvcc(target), *flags, "-Xptxas", "-v", "-c", f"{name}.cu", "-o", f"{name}.o"]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"nvcc failed on {name}.cu:\n{done.stderr[-3000:]}")
+    """Compiles ``<name>.cu`` to an object; returns what the kernel takes of the machine.
+
+    Objects are kept by their source: tiles that differ for one launch share the others, and nvcc is most of a build.
+    """
+    options = [*_nvcc(target), *flags, "-Xptxas", "-v"]
+    source = (directory / f"{name}.cu").read_text()
+    key = hashlib.sha256("\0".join([*options, _versions(), source]).encode()).hexdigest()[:24]
+    kept = cache_directory() / "objects" / key
+    if not kept.is_dir():
+        done = subprocess.run(
+            [*options, "-c", f"{name}.cu", "-o", f"{name}.o"], cwd=directory, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise SystemExit(f"nvcc failed on {name}.cu:\n{done.stderr[-3000:]}")
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as temporary:
+            new = Path(temporary) / "object"
+            new.mkdir()
+            shutil.move(directory / f"{name}.o", new / "object.o")
+            (new / "ptxas.txt").write_text(done.stderr)
+            with contextlib.suppress(OSError):  # another process was first
+                new.rename(kept)
+    shutil.copy(kept / "object.o", directory / f"{name}.o")
+    report = (kept / "ptxas.txt").read_text()
     found = {
         "registers": r"Used (\d+) registers",
         "stack_bytes": r"(\d+) bytes stack frame",
         "spill_bytes": r"(\d+) bytes spill stores",
         "static_shared_bytes": r"(\d+) bytes smem",
     }
-    return {key: int(m.group(1)) if (m := re.search(pattern, done.stderr)) else 0 for key, pattern in found.items()}
+    return {key: int(m.group(1)) if (m := re.search(pattern, report)) else 0 for key, pattern in found.items()}
 
 
 def main(directory: Path, request: dict[str, Any]) -> str:

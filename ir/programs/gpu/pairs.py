@@ -96,6 +96,12 @@ def ones(word: Any) -> Any:
     return T.call_extern("int32", "__popc", word)
 
 
+def set_bits(word: Any, bits: Any) -> Any:
+    """Sets bits of a 32-bit word in shared memory, atomically. TileLang's own ``atomic_or`` is for global memory alone:
+    it writes ``red.global``, which faults elsewhere."""
+    return T.call_extern("int32", "atomicOr", T.address_of(word), bits)
+
+
 def symbols(*names: str) -> tuple[Any, ...]:
     return tuple(T.dynamic(name) for name in names)
 
@@ -196,7 +202,7 @@ def unite(pairs: Pairs) -> Any:
                 T.sync_threads()
                 for i in T.unroll(ROUNDS):
                     if chunk[i] >= 0 and chunk[i] // WINDOW == w:
-                        T.atomic_or(bits[chunk[i] % WINDOW // 32], T.shift_left(1, chunk[i] % 32))
+                        set_bits(bits[chunk[i] % WINDOW // 32], T.shift_left(1, chunk[i] % 32))
                 T.sync_threads()
                 x[0] = 0
                 for i in T.serial(share):
@@ -215,7 +221,7 @@ def unite(pairs: Pairs) -> Any:
                         bit = T.shift_left(1, chunk[i] % 32)
                         e = ahead[word] + ones(bits[word] & (bit - 1))
                         found[0, e] = chunk[i]
-                        T.atomic_or(found[1 + (i * NT + tx) // K // 32, e], T.shift_left(1, (i * NT + tx) // K % 32))
+                        set_bits(found[1 + (i * NT + tx) // K // 32, e], T.shift_left(1, (i * NT + tx) // K % 32))
                         place_of[b, n * tokens + (i * NT + tx) // K, h, (i * NT + tx) % K] = e
                 total = total + x[1]
                 T.sync_threads()
