@@ -14,4 +14,4 @@ def tile_for(problem: Problem, pass_name: str, target: GpuTarget, length: int | 
     """Tiles of a problem's pass, for segments of about ``length`` tokens; for long ones where it is None."""
     if isinstance(problem, ChunkAttention):
         return attention_tile(problem, target.arch) if pass_name == "forward" else attention_backward_tile(problem)
-    return select_tile(problem, target.arch, pass_name)
+    return select_tile(problem, target.arch, pass_name, length)
