@@ -36,11 +36,13 @@ def compile_program(problem: ChunkSelect, tile: GpuTile, module: str, arch: str,
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    ("arch", "module", "pass_name", "decode"),
-    [("sm_90a", "select", "forward", False), pytest.param("sm_80", "select", "forward", True, marks=pytest.mark.slow)],
+    ("arch", "module", "pass_name", "length"),
+    [("sm_90a", "select", "forward", None), pytest.param("sm_80", "select", "forward", 1, marks=pytest.mark.slow)],
 )
-def test_forward_compiles_without_spills(arch: str, module: str, pass_name: str, decode: bool, tmp_path: Path) -> None:
-    report = compile_program(NARROW, select_tile(NARROW, arch, pass_name, decode), module, arch, tmp_path)
+def test_forward_compiles_without_spills(
+    arch: str, module: str, pass_name: str, length: int | None, tmp_path: Path
+) -> None:
+    report = compile_program(NARROW, select_tile(NARROW, arch, pass_name, length), module, arch, tmp_path)
     assert "bytes spill stores" in report
     assert all(part.startswith("0 bytes") for part in report.split(": ")[1:]), report
 
@@ -70,8 +72,8 @@ def test_refuses_what_it_does_not_serve(field: str, value: object, says: str, tm
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_tiles_fit_shared_memory(arch: str) -> None:
-    for retrieval_dim, top_k, decode in itertools.product(range(16, 1025, 16), (1, 16, 64), (False, True)):
+    for retrieval_dim, top_k, length in itertools.product(range(16, 1025, 16), (1, 16, 64), (None, 1, 64, 256)):
         problem = ChunkSelect(1, 1, retrieval_dim, 64, top_k, dtype="bfloat16")
-        tile = select_tile(problem, arch, decode=decode)
-        assert shared_bytes(problem, tile) <= SHARED_MEMORY[arch][1], (retrieval_dim, top_k, decode)
-        assert shared_bytes(problem, tile) * tile.blocks <= SHARED_MEMORY[arch][0], (retrieval_dim, top_k, decode)
+        tile = select_tile(problem, arch, length=length)
+        assert shared_bytes(problem, tile) <= SHARED_MEMORY[arch][1], (retrieval_dim, top_k, length)
+        assert shared_bytes(problem, tile) * tile.blocks <= SHARED_MEMORY[arch][0], (retrieval_dim, top_k, length)
