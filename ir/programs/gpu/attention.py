@@ -18,7 +18,7 @@ import tilelang.language as T
 
 from hsa_compile.ir.operators import ChunkAttention, ProblemError
 from hsa_compile.ir.programs import GpuProgram, GpuTile, Launch
-from hsa_compile.ir.programs.gpu.union import EMPTY, ROW_GROUP, UnionLists
+from hsa_compile.ir.programs.gpu.union import EMPTY, ROW_GROUP, UnionLists, ballot
 
 LOG2E = math.log2(math.e)
 SM80_SHARED = 160 * 1024  # bytes of shared memory that a thread block may take on sm_80, rounded down
@@ -55,35 +55,46 @@ def program(problem: ChunkAttention, tile: GpuTile) -> GpuProgram:
     lists = UnionLists(problem, tile)
     regions = lists.regions()
     dims = {"B": "B", "L": "L", "C": "C", "N": lists.tiles}
-    attend = _attend(lists) if tile.wgmma else _attend_mma(lists)
-    options = OPTIONS if tile.wgmma else {**OPTIONS, "tl.disable_wgmma": True}
+    if tile.form == "warps":
+        attend = _attend_warps(lists)
+    else:
+        attend = _attend(lists) if tile.wgmma else _attend_mma(lists)
+    options = OPTIONS if tile.wgmma and tile.form == "rows" else {**OPTIONS, "tl.disable_wgmma": True}
     launch = Launch("attend", attend, ("q", "k", "v", *(r.name for r in regions), "o"), dims, options)
     return GpuProgram(TENSORS, regions, (lists.launch(), launch))
 
 
 class Walk:
-    """What a tile's rows do at every entry of its list, as macros that both kinds of matrix instructions share.
+    """What a tile's rows do at every entry of its list, as macros that all kinds of matrix instructions share.
 
-    Row t*G + g is query head g of token t, and a warp owns 16 rows in a row. ``state`` is, for every row, its token's
-    next entry, the weight there, the place among the token's slots, and the weight at the current entry.
+    Row t*G + g is query head g of token t, and a warp owns 16 rows in a row. Where those always belong to one token
+    (``whole``), lane j of the warp holds the token's slots j, j+32, ... , and the weight at an entry is found by a vote.
+    Else ``following`` is every row's next entry, ``following_weight`` the weight there, and ``slot`` its place among the
+    token's slots. ``weight`` is that at the current entry.
     """
 
     def __init__(self, lists: UnionLists, rows: int) -> None:
         p, TOKENS = lists.problem, lists.tile.tokens
-        S, G = p.chunk_size, p.groups
+        S, G, K = p.chunk_size, p.groups, p.top_k
         scale = p.scale * LOG2E
         # If a warp's rows belong to one token, its weight is zero for all of them or for none: skipping the chunks that
-        # the token did not select is then all the masking there is to do, and a thread follows one token, not two rows.
+        # the token did not select is then all the masking there is to do.
         self.whole = WHOLE = G % ROW_GROUP == 0
-        self.state_shape = (1,) if WHOLE else (rows,)
+        self.alloc = T.alloc_local if WHOLE else T.alloc_fragment
+        HELD = -(-K // 32)
+        self.state_shape = (HELD,) if WHOLE else (rows,)
+        self.weight_shape = (1,) if WHOLE else (rows,)
 
         @T.macro
         def start(n, tx, following, following_weight, slot, slot_entry, slot_weight):
             if WHOLE:
                 token = tx // (2 * G)
-                slot[0] = 0
-                following[0] = T.if_then_else(token < TOKENS, slot_entry[n, T.min(token, TOKENS - 1), 0], EMPTY)
-                following_weight[0] = slot_weight[n, T.min(token, TOKENS - 1), 0]
+                for j in T.unroll(HELD):
+                    following[j] = EMPTY
+                    following_weight[j] = 0.0
+                    if token < TOKENS and j * 32 + tx % 32 < K:
+                        following[j] = slot_entry[n, token, j * 32 + tx % 32]
+                        following_weight[j] = slot_weight[n, token, j * 32 + tx % 32]
             else:
                 for r in T.Parallel(rows):
                     slot[r] = 0
@@ -91,15 +102,15 @@ class Walk:
                     following_weight[r] = slot_weight[n, T.min(r // G, TOKENS - 1), 0]
 
         @T.macro
-        def advance(i, n, tx, following, following_weight, slot, weight, slot_entry, slot_weight):
+        def advance(i, n, following, following_weight, slot, weight, slot_entry, slot_weight):
             """Sets the weights at entry i; rows whose token selected it step to the token's next slot."""
             if WHOLE:
+                votes = T.alloc_var("int32")
                 weight[0] = 0.0
-                if following[0] == i:
-                    weight[0] = following_weight[0]
-                    slot[0] = slot[0] + 1
-                    following[0] = slot_entry[n, T.min(tx // (2 * G), TOKENS - 1), slot[0]]
-                    following_weight[0] = slot_weight[n, T.min(tx // (2 * G), TOKENS - 1), slot[0]]
+                for j in T.unroll(HELD):
+                    votes = ballot(following[j] == i)
+                    if votes != 0:
+                        weight[0] = T.shfl_sync(following_weight[j], T.call_extern("int32", "__ffs", votes) - 1)
             else:
                 for r in T.Parallel(rows):
                     weight[r] = 0.0
@@ -134,10 +145,18 @@ class Walk:
         @T.macro
         def probabilities(P, logits, factor, weight):
             """Weighted probabilities: exactly zero where the weight is, whatever the logits are."""
-            for r, j in T.Parallel(rows, S):
-                P[r, j] = T.if_then_else(weight[0 if WHOLE else r] == 0.0, 0.0, logits[r, j] * factor[r])
+            if WHOLE:
+                if weight[0] != 0.0:
+                    for r, j in T.Parallel(rows, S):
+                        P[r, j] = logits[r, j] * factor[r]
+                else:
+                    T.fill(P, 0.0)
+            else:
+                for r, j in T.Parallel(rows, S):
+                    P[r, j] = T.if_then_else(weight[r] == 0.0, 0.0, logits[r, j] * factor[r])
 
-        self.start, self.advance, self.weigh, self.probabilities = start, advance, weigh, probabilities
+        self.start, self.advance, self.softmax = start, advance, softmax
+        self.weigh, self.probabilities = weigh, probabilities
 
 
 def tile_copies(problem: ChunkAttention, tokens: int, rows: int) -> Any:
@@ -160,7 +179,7 @@ def tile_copies(problem: ChunkAttention, tokens: int, rows: int) -> Any:
 
 
 def _attend(lists: UnionLists) -> Any:
-    """The walk with wgmma. Warp 0 issues bulk copies ``stages`` chunks ahead, into the buffers released an iteration
+    """The walk with wgmma. A warp issues bulk copies ``stages`` chunks ahead, into the buffers released an iteration
     before; the logits of the next chunk are computed while the tensor cores add this one's values."""
     p, tile = lists.problem, lists.tile
     Hq, Hkv, D, S, K, G = p.q_heads, p.kv_heads, p.head_dim, p.chunk_size, p.top_k, p.groups
@@ -170,7 +189,6 @@ def _attend(lists: UnionLists) -> Any:
     FULL_ROW = T.GemmWarpPolicy.FullRow
     walk = Walk(lists, ROWS)
     load, store = tile_copies(p, TOKENS, ROWS)
-    alloc_state = T.alloc_local if walk.whole else T.alloc_fragment
     B, L, C, N = (T.dynamic(n, "int64") for n in ("B", "L", "C", "N"))
 
     @T.prim_func
@@ -189,10 +207,10 @@ def _attend(lists: UnionLists) -> Any:
             sums = T.alloc_fragment((ROWS, D), "float32")
             peak = T.alloc_fragment((ROWS,), "float32")
             factor = T.alloc_fragment((ROWS,), "float32")
-            following = alloc_state(walk.state_shape, "int32")
-            following_weight = alloc_state(walk.state_shape, "float32")
-            slot = alloc_state(walk.state_shape, "int32")
-            weight = alloc_state(walk.state_shape, "float32")
+            following = walk.alloc(walk.state_shape, "int32")
+            following_weight = walk.alloc(walk.state_shape, "float32")
+            slot = walk.alloc(walk.state_shape, "int32")
+            weight = walk.alloc(walk.weight_shape, "float32")
             keys_ready = T.alloc_barrier(arrive_count=[32] * STAGES)
             keys_free = T.alloc_barrier(arrive_count=[WARPS] * STAGES)
             values_ready = T.alloc_barrier(arrive_count=[32] * STAGES)
@@ -200,6 +218,7 @@ def _attend(lists: UnionLists) -> Any:
             bits = T.alloc_var("int32")
             key_chunk = T.alloc_var("int32")
             value_chunk = T.alloc_var("int32")
+            head = T.alloc_local((STAGES,), "int32")
             if tile.blocks > 1:
                 T.annotate_min_blocks_per_sm(tile.blocks)
             tx = T.get_thread_binding()
@@ -210,11 +229,13 @@ def _attend(lists: UnionLists) -> Any:
 
             if tx < 32:
                 for i in T.unroll(STAGES):
+                    head[i] = chunk[n, T.min(i, SLOTS - 1)]
+                for i in T.unroll(STAGES):
                     if i < entries:
-                        T.tma_copy(k[bb, chunk[n, i], :, bh, :], keys[i, :, :], barrier=keys_ready[i])
+                        T.tma_copy(k[bb, head[i], :, bh, :], keys[i, :, :], barrier=keys_ready[i])
                         T.barrier_arrive(keys_ready[i])
                         if i < STAGES - 1:
-                            T.tma_copy(v[bb, chunk[n, i], :, bh, :], values[i, :, :], barrier=values_ready[i])
+                            T.tma_copy(v[bb, head[i], :, bh, :], values[i, :, :], barrier=values_ready[i])
                             T.barrier_arrive(values_ready[i])
             load(q, queries, b, bh, t0, L)
             T.fence_proxy_async()
@@ -222,9 +243,8 @@ def _attend(lists: UnionLists) -> Any:
             T.fill(sums, 0.0)
             if entries > 0:
                 walk.start(n, tx, following, following_weight, slot, slot_entry, slot_weight)
-                walk.advance(0, n, tx, following, following_weight, slot, weight, slot_entry, slot_weight)
+                walk.advance(0, n, following, following_weight, slot, weight, slot_entry, slot_weight)
                 bits = active[n, 0]
-                value_chunk = chunk[n, T.min(STAGES - 1, SLOTS - 1)]
                 T.barrier_wait(keys_ready[0], 0)
                 T.wgmma_gemm(queries, keys[0, :, :], logits, transpose_B=True, policy=FULL_ROW, clear_accum=True)
                 T.wait_wgmma(0)
@@ -234,10 +254,12 @@ def _attend(lists: UnionLists) -> Any:
                 walk.probabilities(P, logits, factor, weight)
                 for i in T.serial(entries - 1):
                     # What the iteration will need is asked for first, so that it arrives during the products.
-                    walk.advance(i + 1, n, tx, following, following_weight, slot, weight, slot_entry, slot_weight)
+                    walk.advance(i + 1, n, following, following_weight, slot, weight, slot_entry, slot_weight)
                     if not walk.whole:
                         bits = active[n, i + 1]
-                    key_chunk = chunk[n, T.min(i + STAGES, SLOTS - 1)]
+                    if tx // 32 == i % WARPS:
+                        key_chunk = chunk[n, T.min(i + STAGES, SLOTS - 1)]
+                        value_chunk = chunk[n, T.min(i + STAGES - 1, SLOTS - 1)]
                     T.barrier_wait(keys_ready[(i + 1) % STAGES], ((i + 1) // STAGES) & 1)
                     T.wgmma_gemm(
                         queries,
@@ -250,7 +272,8 @@ def _attend(lists: UnionLists) -> Any:
                     T.barrier_wait(values_ready[i % STAGES], (i // STAGES) & 1)
                     T.wgmma_gemm(P, values[i % STAGES, :, :], sums, policy=FULL_ROW)
                     # The keys of entry i and the values of entry i-1 were used an iteration ago: refill their buffers.
-                    if tx < 32:
+                    # Warps take turns, since a warp's schedulers are busy with the same warp of the other blocks.
+                    if tx // 32 == i % WARPS:
                         if i + STAGES < entries:
                             T.barrier_wait(keys_free[i % STAGES], (i // STAGES) & 1)
                             T.tma_copy(
@@ -266,7 +289,6 @@ def _attend(lists: UnionLists) -> Any:
                                 barrier=values_ready[(i + STAGES - 1) % STAGES],
                             )
                             T.barrier_arrive(values_ready[(i + STAGES - 1) % STAGES])
-                    value_chunk = key_chunk
                     T.wait_wgmma(1)
                     if tx % 32 == 0:
                         T.barrier_arrive(keys_free[(i + 1) % STAGES])
@@ -278,7 +300,111 @@ def _attend(lists: UnionLists) -> Any:
                 T.barrier_wait(values_ready[(entries - 1) % STAGES], ((entries - 1) // STAGES) & 1)
                 T.wgmma_gemm(P, values[(entries - 1) % STAGES, :, :], sums, policy=FULL_ROW)
                 T.wait_wgmma(0)
-            store(o, sums, b, bh, t0, L)
+            # By way of shared memory, so that full sectors reach the output, once no warp's products read the queries.
+            T.sync_threads()
+            for r, d in T.Parallel(ROWS, D):
+                queries[r, d] = sums[r, d]
+            T.sync_threads()
+            store(o, queries, b, bh, t0, L)
+
+    return attend
+
+
+def _attend_warps(lists: UnionLists) -> Any:
+    """The walk with a warp for 16 rows: it multiplies the chunks that its rows selected and passes the others by.
+
+    One more warp loads the tile's chunks, ``stages`` ahead, into buffers that all warps read. So a tile can have many
+    tokens and load each chunk once for all of them, without multiplying what most did not select; wgmma's 64 rows
+    would.
+    """
+    p, tile = lists.problem, lists.tile
+    Hq, Hkv, D, S, K, G = p.q_heads, p.kv_heads, p.head_dim, p.chunk_size, p.top_k, p.groups
+    TOKENS, STAGES, SLOTS = tile.tokens, tile.stages, lists.slots
+    ROWS = -(-TOKENS * G // ROW_GROUP) * ROW_GROUP
+    WARPS = ROWS // ROW_GROUP
+    FULL_ROW = T.GemmWarpPolicy.FullRow
+    walk = Walk(lists, ROWS)
+    load, store = tile_copies(p, TOKENS, ROWS)
+    B, L, C, N = (T.dynamic(n, "int64") for n in ("B", "L", "C", "N"))
+
+    @T.macro
+    def step(stage: T.Ref, phase: T.Ref):
+        stage = stage + 1
+        if stage == STAGES:
+            stage = 0
+            phase = phase ^ 1
+
+    @T.prim_func
+    def attend(
+        q: T.Tensor((B, L, Hq, D), p.dtype), k: T.Tensor((B, C, S, Hkv, D), p.dtype),
+        v: T.Tensor((B, C, S, Hkv, D), p.dtype), count: T.Tensor((N,), "int32"), chunk: T.Tensor((N, SLOTS), "int32"),
+        active: T.Tensor((N, SLOTS), "int32"), slot_entry: T.Tensor((N, TOKENS, K + 1), "int32"),
+        slot_weight: T.Tensor((N, TOKENS, K + 1), "float32"), o: T.Tensor((B, L, Hq, D), p.dtype),
+    ):  # fmt: skip
+        with T.Kernel(T.ceildiv(L, TOKENS), Hkv, B, threads=32 * (WARPS + 1)) as (bt, bh, bb):
+            keys = T.alloc_shared((STAGES, S, D), p.dtype)
+            values = T.alloc_shared((STAGES, S, D), p.dtype)
+            queries = T.alloc_fragment((ROWS, D), p.dtype)
+            logits = T.alloc_fragment((ROWS, S), "float32")
+            P = T.alloc_fragment((ROWS, S), p.dtype)
+            sums = T.alloc_fragment((ROWS, D), "float32")
+            peak = T.alloc_fragment((ROWS,), "float32")
+            factor = T.alloc_fragment((ROWS,), "float32")
+            following = walk.alloc(walk.state_shape, "int32")
+            following_weight = walk.alloc(walk.state_shape, "float32")
+            slot = walk.alloc(walk.state_shape, "int32")
+            weight = walk.alloc(walk.weight_shape, "float32")
+            ready = T.alloc_barrier(arrive_count=[32] * STAGES)
+            free = T.alloc_barrier(arrive_count=[WARPS] * STAGES)
+            bits = T.alloc_var("int32")
+            stage = T.alloc_var("int32")
+            phase = T.alloc_var("int32")
+            if tile.blocks > 1:
+                T.annotate_min_blocks_per_sm(tile.blocks)
+            tx = T.get_thread_binding()
+            b = T.cast(bb, "int64")
+            t0 = T.cast(bt, "int64") * TOKENS
+            n = (b * Hkv + bh) * T.ceildiv(L, TOKENS) + bt
+            entries = count[n]
+            stage = 0
+            phase = 0
+            if tx < 32 * WARPS:
+                load(q, queries, b, bh, t0, L)
+                T.fill(sums, 0.0)
+                walk.start(n, tx, following, following_weight, slot, slot_entry, slot_weight)
+                bits = active[n, 0]
+                for i in T.serial(entries):
+                    T.barrier_wait(ready[stage], phase)
+                    if ((bits >> (tx // 32)) & 1) != 0:
+                        T.gemm(
+                            queries,
+                            keys[stage, :, :],
+                            logits,
+                            transpose_B=True,
+                            policy=FULL_ROW,
+                            clear_accum=True,
+                        )
+                        walk.advance(i, n, following, following_weight, slot, weight, slot_entry, slot_weight)
+                        walk.softmax(logits, peak, factor, weight)
+                        if walk.whole:
+                            for r, j in T.Parallel(ROWS, S):
+                                P[r, j] = logits[r, j] * factor[r]
+                        else:
+                            walk.probabilities(P, logits, factor, weight)
+                        T.gemm(P, values[stage, :, :], sums, policy=FULL_ROW)
+                    bits = active[n, T.min(i + 1, SLOTS - 1)]
+                    if tx % 32 == 0:
+                        T.barrier_arrive(free[stage])
+                    step(stage, phase)
+                store(o, sums, b, bh, t0, L)
+            else:
+                for i in T.serial(entries):
+                    if i >= STAGES:
+                        T.barrier_wait(free[stage], phase ^ 1)
+                    T.tma_copy(k[bb, chunk[n, i], :, bh, :], keys[stage, :, :], barrier=ready[stage])
+                    T.tma_copy(v[bb, chunk[n, i], :, bh, :], values[stage, :, :], barrier=ready[stage])
+                    T.barrier_arrive(ready[stage])
+                    step(stage, phase)
 
     return attend
 
@@ -295,7 +421,6 @@ def _attend_mma(lists: UnionLists) -> Any:
     FULL_ROW = T.GemmWarpPolicy.FullRow
     walk = Walk(lists, ROWS)
     load, store = tile_copies(p, TOKENS, ROWS)
-    alloc_state = T.alloc_local if walk.whole else T.alloc_fragment
     B, L, C, N = (T.dynamic(n, "int64") for n in ("B", "L", "C", "N"))
 
     @T.prim_func
@@ -314,10 +439,10 @@ def _attend_mma(lists: UnionLists) -> Any:
             sums = T.alloc_fragment((ROWS, D), "float32")
             peak = T.alloc_fragment((ROWS,), "float32")
             factor = T.alloc_fragment((ROWS,), "float32")
-            following = alloc_state(walk.state_shape, "int32")
-            following_weight = alloc_state(walk.state_shape, "float32")
-            slot = alloc_state(walk.state_shape, "int32")
-            weight = alloc_state(walk.state_shape, "float32")
+            following = walk.alloc(walk.state_shape, "int32")
+            following_weight = walk.alloc(walk.state_shape, "float32")
+            slot = walk.alloc(walk.state_shape, "int32")
+            weight = walk.alloc(walk.weight_shape, "float32")
             tx = T.get_thread_binding()
             b = T.cast(bb, "int64")
             t0 = T.cast(bt, "int64") * TOKENS
@@ -327,7 +452,7 @@ def _attend_mma(lists: UnionLists) -> Any:
             walk.start(n, tx, following, following_weight, slot, slot_entry, slot_weight)
             for i in T.serial(count[n]):
                 c = T.cast(chunk[n, i], "int64")
-                walk.advance(i, n, tx, following, following_weight, slot, weight, slot_entry, slot_weight)
+                walk.advance(i, n, following, following_weight, slot, weight, slot_entry, slot_weight)
                 T.sync_threads()
                 T.copy(k[b, c, :, bh, :], keys)
                 if not SHARE:
