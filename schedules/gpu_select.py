@@ -28,12 +28,12 @@ def select_tile(problem: ChunkSelect, arch: str, pass_name: str = "forward", len
     # Scoring every landmark twice costs less than cutting lists, up to where the scores' products are most of the time.
     bound, sizes = 4 if wide else ALL, ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2))
     if few:
-        bound, sizes = 1, ((16, 4),)
+        bound, sizes = 1, ((16, 3),)
     for tokens, stages in sizes:
         tile = GpuTile(tokens=tokens, stages=stages, blocks=1, bound=bound, wgmma=False)
         if shared_bytes(problem, tile) <= most and (wide or shared_bytes(problem, tile) <= together // 3):
             break
-    blocks = max(1, min(4, together // (shared_bytes(problem, tile) + 2048)))
+    blocks = max(1, min(8 if few else 4, together // (shared_bytes(problem, tile) + 2048)))
     split = MULTIPROCESSORS * blocks
     return GpuTile(tokens=tile.tokens, stages=tile.stages, blocks=blocks, bound=bound, split=split, wgmma=False)
 
@@ -41,11 +41,11 @@ def select_tile(problem: ChunkSelect, arch: str, pass_name: str = "forward", len
 def streaming_tile(problem: ChunkSelect) -> GpuTile:
     """Sizes of the form that streams landmarks by bulk copies: two blocks on a multiprocessor where they fit."""
     together, most = SHARED_MEMORY["sm_90a"]
-    found = []
+    found, bound = [], 0 if problem.retrieval_dim > 256 else ALL
     # A thread holds 64 scores of a tile, or 128 where queries do not stay: registers for one block of those.
     for blocks, room in ((2, together // 2 - 1024 if problem.retrieval_dim <= 256 else 0), (1, most)):
         for stages in range(6, 2, -1):
-            tile = GpuTile(tokens=128, stages=stages, blocks=blocks, split=MULTIPROCESSORS * blocks)
+            tile = GpuTile(tokens=128, stages=stages, blocks=blocks, bound=bound, split=MULTIPROCESSORS * blocks)
             if shared_bytes(problem, tile) <= room:
                 found.append(tile)
     return found[0]

@@ -20,9 +20,11 @@ from hsa_compile.ir.programs import GpuTile, Launch, Region
 from hsa_compile.ir.programs.gpu.pairs import ones, scan, set_bits, symbols
 
 SEGMENT_TOKENS = 128  # the least; more where the counts of all segments would outgrow the pairs
-SEGMENTS = 384  # the most: with WINDOW masks a block, three fit on a multiprocessor of an H100, so one wave
+SEGMENTS = 384  # the most: with the memory of a WINDOW, three fit on a multiprocessor of an H100, so one wave
 TILE_TOKENS = 32  # bits of a mask
-WINDOW = 16384  # chunks whose masks a block holds; where there are more, it walks its segment for each so many
+# Chunks whose masks and counts a block holds; where there are more, it walks its segment for each so many. Counts in
+# device memory cost a request each, of which a multiprocessor makes but one in two cycles.
+WINDOW = 8192
 SCAN_THREADS = 1024
 # Barriers and bounds are written out.
 OPTIONS = {
@@ -123,6 +125,7 @@ def count(lists: ChunkLists) -> Any:
     def list_count(indices: T.Tensor((B, L, Hkv, K), "int32"), counts: T.Tensor((B, H, SEGMENTS, C), "int32")):
         with T.Kernel(SEGMENTS, H, B, threads=NT) as (s, h, b):
             masks = T.alloc_shared((WINDOW,), "int32")
+            found = T.alloc_shared((WINDOW,), "int32")
             chunk = T.alloc_local((EACH,), "int32")
             ahead = T.alloc_local((EACH,), "int32")
             share = T.alloc_var("int32")
@@ -131,12 +134,10 @@ def count(lists: ChunkLists) -> Any:
             tx = T.get_thread_binding()
             share = T.truncdiv(L + SEGMENTS - 1, SEGMENTS)
             tokens = T.max(T.min(share, L - s * share), 0)
-            for i in T.serial((C + NT - 1) // NT):
-                if i * NT + tx < C:
-                    counts[b, h, s, i * NT + tx] = 0
             for i in T.serial((T.min(C, WINDOW) + NT - 1) // NT):
                 if i * NT + tx < WINDOW:
                     masks[i * NT + tx] = 0
+                    found[i * NT + tx] = 0
             T.sync_threads()
             for w in T.serial((C + WINDOW - 1) // WINDOW):
                 read(indices, ahead, b, h, s * share, tokens, 0, w, tx)
@@ -151,8 +152,13 @@ def count(lists: ChunkLists) -> Any:
                         if chunk[e] >= 0:  # who takes the mask away counts it
                             mask = T.call_extern("int32", "atomicExch", T.address_of(masks[chunk[e] - w * WINDOW]), 0)
                             if mask != 0:
-                                T.atomic_add(counts[b, h, s, chunk[e]], ones(mask))
+                                found[chunk[e] - w * WINDOW] = found[chunk[e] - w * WINDOW] + ones(mask)
                     T.sync_threads()
+                for i in T.serial((T.min(C - w * WINDOW, WINDOW) + NT - 1) // NT):
+                    if i * NT + tx < T.min(C - w * WINDOW, WINDOW):
+                        counts[b, h, s, w * WINDOW + i * NT + tx] = found[i * NT + tx]
+                        found[i * NT + tx] = 0
+                T.sync_threads()
 
     return list_count
 
@@ -269,13 +275,11 @@ def place(lists: ChunkLists) -> Any:
     read = segment_walk(lists, C)
 
     @T.macro
-    def mark(grad_scores, counts, chunk_place, masks, doubled, chunk, before, place, grad, b, h, s, first, i, w, tx):
+    def mark(grad_scores, masks, doubled, chunk, grad, b, h, first, i, w, tx):
         """Sets the bits of a tile's pairs; of slots with the same token and chunk only the first to come goes on."""
         bit = T.alloc_var("int32")
         for e in T.unroll(EACH):
             if chunk[e] >= 0:
-                before[e] = counts[b, h, s, chunk[e]]
-                place[e] = chunk_place[b, h, chunk[e]]
                 grad[e] = 0
                 for n in T.unroll(shared):
                     grad[e] = (
@@ -290,26 +294,26 @@ def place(lists: ChunkLists) -> Any:
                     chunk[e] = -1
 
     @T.macro
-    def rank(counts, masks, chunk, before, place, leads, b, h, s, w, tx):
-        """Places; the first token of a chunk counts the tile's pairs of it."""
+    def rank(masks, begin, chunk, place, leads, w, tx):
+        """Places; ``leads`` has the tile's pairs of a chunk where the token is its first."""
         mask = T.alloc_var("int32")
         for e in T.unroll(EACH):
             leads[e] = 0
             if chunk[e] >= 0:
                 mask = masks[chunk[e] - w * WINDOW]
-                place[e] = place[e] + before[e] + ones(mask & (T.shift_left(1, (e * NT + tx) // K) - 1))
+                place[e] = begin[chunk[e] - w * WINDOW] + ones(mask & (T.shift_left(1, (e * NT + tx) // K) - 1))
                 if (mask & (T.shift_left(1, (e * NT + tx) // K) - 1)) == 0:
-                    leads[e] = 1
-                    counts[b, h, s, chunk[e]] = before[e] + ones(mask)
+                    leads[e] = ones(mask)
 
     @T.macro
-    def write(grad_scores, indices, masks, doubled, chunk, place, leads, grad, places, b, h, first, i, w, tx):
+    def write(grad_scores, indices, masks, begin, doubled, chunk, place, leads, grad, places, b, h, first, i, w, tx):
         pair = T.alloc_local((2,), "int32")
         g = T.alloc_var("float32")
         for e in T.unroll(EACH):
             if chunk[e] >= 0:
-                if leads[e] == 1:
+                if leads[e] > 0:
                     masks[chunk[e] - w * WINDOW] = 0
+                    begin[chunk[e] - w * WINDOW] = begin[chunk[e] - w * WINDOW] + leads[e]
                 pair[0] = first + i * TILE_TOKENS + (e * NT + tx) // K
                 g = grad[e]
                 if doubled[0] != 0:
@@ -349,10 +353,10 @@ def place(lists: ChunkLists) -> Any:
     ):  # fmt: skip
         with T.Kernel(SEGMENTS, H, B, threads=NT) as (s, h, b):
             masks = T.alloc_shared((WINDOW,), "int32")
+            begin = T.alloc_shared((WINDOW,), "int32")  # where the segment's next pair of a chunk belongs
             doubled = T.alloc_shared((1,), "int32")
             chunk = T.alloc_local((EACH,), "int32")
             ahead = T.alloc_local((EACH,), "int32")
-            before = T.alloc_local((EACH,), "int32")
             place = T.alloc_local((EACH,), "int32")
             leads = T.alloc_local((EACH,), "int32")
             grad = T.alloc_local((EACH,), "float32")
@@ -369,23 +373,26 @@ def place(lists: ChunkLists) -> Any:
                     masks[i * NT + tx] = 0
             if tx == 0:
                 doubled[0] = 0
-            T.sync_threads()
             for w in T.serial((C + WINDOW - 1) // WINDOW):
+                for i in T.serial((T.min(C - w * WINDOW, WINDOW) + NT - 1) // NT):
+                    if i * NT + tx < T.min(C - w * WINDOW, WINDOW):
+                        begin[i * NT + tx] = (
+                            chunk_place[b, h, w * WINDOW + i * NT + tx] + counts[b, h, s, w * WINDOW + i * NT + tx]
+                        )
+                T.sync_threads()
                 read(indices, ahead, b, h, first, tokens, 0, w, tx)
                 for i in T.serial((tokens + TILE_TOKENS - 1) // TILE_TOKENS):
                     for e in T.unroll(EACH):
                         chunk[e] = ahead[e]
-                    mark(
-                        grad_scores, counts, chunk_place, masks, doubled, chunk, before, place, grad, b, h, s, first,
-                        i, w, tx,
-                    )  # fmt: skip
+                    mark(grad_scores, masks, doubled, chunk, grad, b, h, first, i, w, tx)
                     read(indices, ahead, b, h, first, tokens, i + 1, w, tx)
                     T.sync_threads()
-                    rank(counts, masks, chunk, before, place, leads, b, h, s, w, tx)
+                    rank(masks, begin, chunk, place, leads, w, tx)
                     T.sync_threads()
                     write(
-                        grad_scores, indices, masks, doubled, chunk, place, leads, grad, places, b, h, first, i, w, tx
-                    )
+                        grad_scores, indices, masks, begin, doubled, chunk, place, leads, grad, places, b, h, first,
+                        i, w, tx,
+                    )  # fmt: skip
                     T.sync_threads()
             cut(chunk_pairs, chunk_place, chunk_item, items, b, h, s, tx)
 

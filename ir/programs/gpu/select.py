@@ -45,6 +45,8 @@ def check(problem: ChunkSelect) -> None:
 def form(problem: ChunkSelect, tile: GpuTile) -> tuple[int, int, Any, Any]:
     """Entries of a list, landmarks of a tile, and the macros of the walk: streaming where ``tile.wgmma`` asks for it."""
     begin, walk = choose(problem, tile)
+    if tile.wgmma and (tile.tokens % 64 or tile.blocks > 2):
+        raise ProblemError(f"streaming takes whole 64 tokens and at most 2 blocks, got {tile.tokens} and {tile.blocks}")
     if tile.wgmma:
         return stream_capacity(problem, tile), stream_columns(problem), begin, choose_streaming(problem, tile)
     return capacity(problem.top_k), COLUMNS, begin, walk
@@ -314,48 +316,63 @@ def merge(problem: ChunkSelect, tile: GpuTile) -> Launch:
             entered = T.alloc_var("int32")
             length = T.alloc_var("int32")
             tx = T.get_thread_binding()
-            # Every part's list falls, so the K-th largest of the threads' best heads bounds the K-th best from below.
-            best = LOWEST
-            for g in T.unroll(GROUPS):
-                if g * MERGE_THREADS + tx < P:
-                    best = T.max(best, part_value[b, t, r, 0, g * MERGE_THREADS + tx])
-            heads[tx] = best
             if tx == 0:
                 count[0] = 0
             T.sync_threads()
-            rank = 0
-            for o in T.serial(MERGE_THREADS):
-                if heads[o] > best or (heads[o] == best and o < tx):
-                    rank = rank + 1
-            T.sync_threads()  # ``level`` may lie where ``heads`` did
-            if rank == K - 1:
-                level[0] = best
-            T.sync_threads()
-            k = 0
-            entered = 1
-            while T.syncthreads_or(entered) != 0:
-                entered = 0
+            if K * P <= CAPACITY:  # all of them at once
+                for e in T.unroll(CAPACITY // MERGE_THREADS):
+                    k = e * MERGE_THREADS + tx
+                    if k < K * P:
+                        if part_value[b, t, r, T.truncdiv(k, P), T.truncmod(k, P)] > LOWEST:
+                            entered = T.atomic_add(count[0], 1, return_prev=True)
+                            value[0, T.min(entered, CAPACITY - 1)] = part_value[
+                                b, t, r, T.truncdiv(k, P), T.truncmod(k, P)
+                            ]
+                            index[0, T.min(entered, CAPACITY - 1)] = part_index[
+                                b, t, r, T.truncdiv(k, P), T.truncmod(k, P)
+                            ]
+                T.sync_threads()
+            else:
+                # Every part's list falls, so the K-th largest of the threads' best heads bounds the K-th best from below.
+                best = LOWEST
                 for g in T.unroll(GROUPS):
-                    v[g] = LOWEST
-                    if g * MERGE_THREADS + tx < P and k < K:
-                        v[g] = part_value[b, t, r, T.min(k, K - 1), g * MERGE_THREADS + tx]
-                for g in T.unroll(GROUPS):
-                    if v[g] > LOWEST and v[g] >= level[0]:
-                        entered = T.atomic_add(count[0], 1, return_prev=True)
-                        value[0, T.min(entered, CAPACITY - 1)] = v[g]
-                        index[0, T.min(entered, CAPACITY - 1)] = part_index[
-                            b, t, r, T.min(k, K - 1), g * MERGE_THREADS + tx
-                        ]
-                        entered = 1
-                    T.sync_threads()
-                    length = count[0]
-                    T.sync_threads()  # none may go on and add to it before all have read it
-                    if length > CAPACITY - MERGE_THREADS:
-                        keep_best(value, index, count, tx)
-                        if tx == 0:
-                            level[0] = value[0, K - 1]
+                    if g * MERGE_THREADS + tx < P:
+                        best = T.max(best, part_value[b, t, r, 0, g * MERGE_THREADS + tx])
+                heads[tx] = best
+                T.sync_threads()
+                rank = 0
+                for o in T.serial(MERGE_THREADS):
+                    if heads[o] > best or (heads[o] == best and o < tx):
+                        rank = rank + 1
+                T.sync_threads()  # ``level`` may lie where ``heads`` did
+                if rank == K - 1:
+                    level[0] = best
+                T.sync_threads()
+                k = 0
+                entered = 1
+                while T.syncthreads_or(entered) != 0:
+                    entered = 0
+                    for g in T.unroll(GROUPS):
+                        v[g] = LOWEST
+                        if g * MERGE_THREADS + tx < P and k < K:
+                            v[g] = part_value[b, t, r, T.min(k, K - 1), g * MERGE_THREADS + tx]
+                    for g in T.unroll(GROUPS):
+                        if v[g] > LOWEST and v[g] >= level[0]:
+                            entered = T.atomic_add(count[0], 1, return_prev=True)
+                            value[0, T.min(entered, CAPACITY - 1)] = v[g]
+                            index[0, T.min(entered, CAPACITY - 1)] = part_index[
+                                b, t, r, T.min(k, K - 1), g * MERGE_THREADS + tx
+                            ]
+                            entered = 1
                         T.sync_threads()
-                k = k + 1
+                        length = count[0]
+                        T.sync_threads()  # none may go on and add to it before all have read it
+                        if length > CAPACITY - MERGE_THREADS:
+                            keep_best(value, index, count, tx)
+                            if tx == 0:
+                                level[0] = value[0, K - 1]
+                            T.sync_threads()
+                    k = k + 1
             keep_best(value, index, count, tx)
             if tx < 32:
                 finish(value, index, 0, count[0], indices, scores, b, t, r, tx)

@@ -173,9 +173,11 @@ def item_gradients(problem: ChunkSelect, lists: ChunkLists) -> Any:
 
 
 def landmark_gradients(problem: ChunkSelect, lists: ChunkLists) -> Any:
-    """A block a chunk and 32 columns: the sum of its items, every 8th by each of 8 rows of threads, those then in order."""
+    """A block a chunk and slice of columns: the sum of its items, every ROWS-th by a row of threads, those in order."""
     H, Dr, P = problem.retrieval_heads, problem.retrieval_dim, lists.item_pairs
-    COLUMNS, ROWS = 32, 8
+    FOUR = 4  # columns of a thread
+    WIDTH = max(d for d in range(16, min(Dr, 128) + 1, 16) if Dr % d == 0)
+    W, ROWS = WIDTH // FOUR, THREADS // (WIDTH // FOUR)
     B, C, ROW_ITEMS = symbols("B", "C", "ROW_ITEMS")
 
     @T.prim_func
@@ -183,30 +185,36 @@ def landmark_gradients(problem: ChunkSelect, lists: ChunkLists) -> Any:
         chunk_pairs: T.Tensor((B, H, C), "int32"), chunk_item: T.Tensor((B, H, C), "int32"),
         partial: T.Tensor((B, H, ROW_ITEMS, Dr), "float32"), d_landmark: T.Tensor((B, C, H, Dr), problem.dtype),
     ):  # fmt: skip
-        with T.Kernel(C * -(-Dr // COLUMNS), H, B, threads=COLUMNS * ROWS) as (x, h, b):
-            all_sums = T.alloc_shared((ROWS, COLUMNS), "float32")
+        with T.Kernel(C * (Dr // WIDTH), H, B, threads=THREADS) as (x, h, b):
+            all_sums = T.alloc_shared((ROWS, WIDTH), "float32")
+            sums = T.alloc_local((FOUR,), "float32")
+            row = T.alloc_local((FOUR,), "float32")
             g = T.alloc_var("float32")
             items = T.alloc_var("int32")
             first = T.alloc_var("int32")
             c = T.alloc_var("int32")
-            d = T.alloc_var("int32")
-            y = T.alloc_var("int32")
+            e = T.alloc_var("int32")
             tx = T.get_thread_binding()
-            c = T.truncdiv(x, -(-Dr // COLUMNS))
-            d = T.truncmod(x, -(-Dr // COLUMNS)) * COLUMNS + tx % COLUMNS
+            c = T.truncdiv(x, Dr // WIDTH)
+            e = T.truncmod(x, Dr // WIDTH)
             items = T.truncdiv(chunk_pairs[b, h, c] + P - 1, P)
             first = chunk_item[b, h, c]
-            y = tx // COLUMNS
-            g = 0
-            if d < Dr:
-                for i in T.serial(T.truncdiv(T.max(items - y, 0) + ROWS - 1, ROWS)):
-                    g = g + partial[b, h, first + i * ROWS + y, d]
-            all_sums[y, tx % COLUMNS] = g
+            for u in T.unroll(FOUR):
+                sums[u] = 0
+            if tx < ROWS * W:
+                for i in T.serial(T.truncdiv(T.max(items - tx // W, 0) + ROWS - 1, ROWS)):
+                    for u in T.vectorized(FOUR):
+                        row[u] = partial[b, h, first + i * ROWS + tx // W, e * WIDTH + tx % W * FOUR + u]
+                    for u in T.unroll(FOUR):
+                        sums[u] = sums[u] + row[u]
+                for u in T.vectorized(FOUR):
+                    all_sums[tx // W, tx % W * FOUR + u] = sums[u]
             T.sync_threads()
-            if y == 0 and d < Dr:
-                for n in T.serial(ROWS - 1):
-                    g = g + all_sums[n + 1, tx % COLUMNS]
-                d_landmark[b, c, h, d] = T.cast(g, problem.dtype)
+            if tx < WIDTH:
+                g = 0
+                for n in T.serial(ROWS):
+                    g = g + all_sums[n, tx]
+                d_landmark[b, c, h, e * WIDTH + tx] = T.cast(g, problem.dtype)
 
     return lists.launch(landmark_gradients, "chunk_pairs", "chunk_item", "partial", "d_landmark")
 
