@@ -86,6 +86,19 @@ SELECT_SHAPES: tuple[tuple[Shape, str, bool], ...] = (
     ((3, 1, 20000), "random", True),
     ((1, 5, 20000), "ties", True),
 )
+# Decoding and short segments, which kernels picked by length serve.
+FEW_SHAPES: tuple[tuple[Shape, str, bool], ...] = (
+    *(((2, 1, 3000), kind, False) for kind in SELECT_KINDS),
+    ((1, 1, 300_001), "random", False),
+    ((64, 1, 999), "random", True),
+    ((3, 1, 20000), "ties", True),
+    ((2, 17, 3), "ties", True),
+    ((1, 63, 5000), "random", False),
+    ((2, 3, 0), "random", False),
+    *(((1, 100, 9000), kind, False) for kind in SELECT_KINDS),
+    ((2, 255, 1500), "random", True),
+)
+FEW_LENGTHS = (1, 64)  # of the buckets whose kernels differ
 GRADIENT_SHAPES: tuple[tuple[Shape, float], ...] = (
     ((1, 1000, 37), 1.0), ((2, 777, 300), 4.0), ((1, 5000, 3), 1.0), ((3, 1, 50), 1.0), ((1, 40, 2000), 1.0),
     ((1, 64, 0), 1.0),
@@ -138,9 +151,9 @@ def check_attention(
     return worst
 
 
-def check_select(problem: ChunkSelect) -> None:
+def check_select(problem: ChunkSelect, shapes: tuple[tuple[Shape, str, bool], ...] = SELECT_SHAPES) -> None:
     p, dtype = problem, getattr(torch, problem.dtype)
-    for (B, L, C), kind, ragged in SELECT_SHAPES:
+    for (B, L, C), kind, ragged in shapes:
         inputs = select_inputs(p, B, L, C, dtype, kind, ragged)
         got = run_twice(ops.chunk_select, *inputs, p.kv_heads, p.chunk_size, p.top_k, p.window)
         try:
@@ -271,6 +284,7 @@ def jobs(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"attention {pass_name} {name}", lambda c=case, w=pass_name: check_attention(*c, w)
     for name, problem in select.items():
         yield f"select {name}", lambda p=problem: check_select(p)
+        yield f"select few {name}", lambda p=problem: check_select(p, FEW_SHAPES)
         yield f"select backward {name}", lambda p=problem: check_select_backward(p)
     plain = attention["g16-k8"][0]
     for pass_name in RESULTS:
@@ -291,7 +305,8 @@ def check(backend: str, only: str = "", part: int = 0, parts: int = 1) -> list[s
     torch.utils.deterministic.fill_uninitialized_memory = True
     with dispatch.use_backend(backend):  # type: ignore[arg-type]
         for name, job in [x for x in jobs(backend) if _asked(only, x[0])][part::parts]:
-            torch.use_deterministic_algorithms("far offsets" not in name, warn_only=True)  # what fills memory
+            # What fills memory; but then one kernel serves all lengths.
+            torch.use_deterministic_algorithms("far offsets" not in name and " few " not in name, warn_only=True)
             try:
                 print("ok", backend, name, job() or "", flush=True)
             except Exception as error:
@@ -309,11 +324,13 @@ def build_all(target: str, only: str) -> list[str]:
     attention, select = attention_problems("compiled"), select_problems("compiled")
     problems: dict[str, Problem] = {f"attention {w} {n}": c[0] for w in RESULTS for n, c in attention.items()}
     problems |= {f"select {n}": p for n, p in select.items()}
+    problems |= {f"select few {n}": p for n, p in select.items()}
     problems |= {f"select backward {n}": replace(p, window=0) for n, p in select.items()}
 
     def one(name: str) -> str | None:
         try:
-            build(problems[name], "backward" if "backward" in name else "forward", target)
+            for length in FEW_LENGTHS if " few " in name else (None,):
+                build(problems[name], "backward" if "backward" in name else "forward", target, length=length)
         except Exception as error:
             print("FAILED", name, str(error)[-1500:], flush=True)
             return name
