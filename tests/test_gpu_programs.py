@@ -14,6 +14,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 from emulate import EmulatedKernel
+from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
+from hsa_compile.schedules import build
+from hsa_compile.schedules.gpu_forward import BLOCK_SHARED, attention_tile
+from hsa_compile.schedules.gpu_select import SHARED_MEMORY, select_tile, shared_bytes
 from inputs import (
     SELECT_KINDS,
     Tensors,
@@ -25,11 +29,6 @@ from inputs import (
     select_gradients,
     select_inputs,
 )
-
-from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
-from hsa_compile.schedules import build
-from hsa_compile.schedules.gpu_forward import BLOCK_SHARED, attention_tile
-from hsa_compile.schedules.gpu_select import SHARED_MEMORY, select_tile, shared_bytes
 
 NAMES = ("o", "d_q", "d_k", "d_v", "d_w")
 SHAPES = ((2, 13, 5), (1, 1, 3), (1, 5, 0))  # B, L, C: no whole tile, one token, no chunk

@@ -1,4 +1,4 @@
-"""Runs built GPU kernels on a CPU: their CUDA source and launchers, compiled with g++ and ``emulator/cuda_on_cpu.h``."""
+"""Runs built GPU kernels on a CPU: CUDA source and launchers, compiled with g++ and ``emulator/cuda_on_cpu.h``."""
 
 from __future__ import annotations
 
