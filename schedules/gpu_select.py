@@ -24,7 +24,8 @@ def select_tile(problem: ChunkSelect, arch: str, pass_name: str = "forward", len
     together, most = SHARED_MEMORY[arch]
     wide = problem.retrieval_dim > 256
     # Scoring every landmark twice costs less than cutting lists, up to where the scores' products are most of the time.
-    bound, sizes = 4 if wide else ALL, ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2))
+    bound = 4 if wide else ALL
+    sizes: tuple[tuple[int, int], ...] = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2))
     if length is not None and length < FEW:
         bound = 1
         sizes = ((16, 4),) if length < 64 else sizes

@@ -41,10 +41,11 @@ def gradients_error(
     for c in {0, C // 2, max(0, C - 2)}:
         where = indices[0, :, 0] == c
         token = where.any(-1).nonzero().flatten()
-        rows = [x[:1, token, :G].float() for x in (grad_o, q)]
-        memory = [x[:1, c * S : (c + 1) * S, :1].float() for x in (k, v)]
+        grad_rows, rows = (x[:1, token, :G].float() for x in (grad_o, q))
+        keys, values = (x[:1, c * S : (c + 1) * S, :1].float() for x in (k, v))
         only = torch.where(where[token], 0, -1).to(torch.int32).view(1, -1, 1, p.top_k)
-        exact = eager.attention_backward(*rows, *memory, only, weights[:1, token, :1], S, p.off_by_one)
+        w = weights[:1, token, :1]
+        exact = eager.attention_backward(grad_rows, rows, keys, values, only, w, S, p.off_by_one)
         for got, want in zip((d_k, d_v), exact[1:3]):
             worst = max(worst, _relative(got[:1, c * S : (c + 1) * S, :1], want))
     return worst
