@@ -26,7 +26,8 @@ def select_tile(problem: ChunkSelect, arch: str, pass_name: str = "forward", len
     if arch == "sm_90a" and not few and not (wide and problem.top_k > 32):
         return streaming_tile(problem)
     # Scoring every landmark twice costs less than cutting lists, up to where the scores' products are most of the time.
-    bound, sizes = 4 if wide else ALL, ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2))
+    bound = 4 if wide else ALL
+    sizes: tuple[tuple[int, int], ...] = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2))
     if few:
         bound, sizes = 1, ((16, 3),)
     for tokens, stages in sizes:

@@ -105,8 +105,8 @@ class GpuTile:
         slots: slots of one token that a thread block takes where tokens are few.
         memory_stages: as ``stages``, of the pass that goes chunk by chunk.
         memory_blocks: as ``blocks``, of that pass.
-        bound: tiles of landmarks, the newest, that a selection scores twice: first for a bound of the K-th best score.
-        split: blocks that a selection divides the landmarks among, for few queries; 0 for one block a tile of queries.
+        bound: tiles of landmarks that a selection scores twice: first for a bound of the K-th best score.
+        split: blocks that share the landmarks where tiles of queries are fewer; 0 for one block a tile of queries always.
         wgmma: use the matrix instructions and bulk copies of sm_90a instead of those of sm_80.
         form: of the forward of chunk attention: "rows" where all rows of a tile meet its chunks, "warps" where every
             16 rows meet their own, "token" for few tokens, one a thread block.
