@@ -106,7 +106,7 @@ class GpuTile:
         memory_stages: as ``stages``, of the pass that goes chunk by chunk.
         memory_blocks: as ``blocks``, of that pass.
         bound: tiles of landmarks that a selection scores twice: first for a bound of the K-th best score.
-        split: blocks that share a selection's landmarks where tiles of queries are fewer; 0 for one block a tile always.
+        split: blocks that share a selection's landmarks where tiles of queries are fewer; 0 for a block a tile always.
         wgmma: use the matrix instructions and bulk copies of sm_90a instead of those of sm_80.
         form: of the forward of chunk attention: "rows" where all rows of a tile meet its chunks, "warps" where every
             16 rows meet their own, "token" for few tokens, one a thread block.
