@@ -73,7 +73,7 @@ def tile_from_dict(fields: dict[str, Any], target: CpuTarget | GpuTarget) -> Til
         raise ValueError(f"a tile has no field {', '.join(unknown)}; known: {', '.join(known)}")
     for name, value in fields.items():
         if known[name].type == "int" and (type(value) is not int or not 0 <= value < 2**31):
-            raise ValueError(f"{name} of a tile must be an integer and not negative, got {value!r}")
+            raise ValueError(f"{name} of a tile must be zero or a positive integer, got {value!r}")
     try:
         return kind(**fields)
     except TypeError as error:

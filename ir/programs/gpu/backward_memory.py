@@ -99,7 +99,8 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
     def memory_pass(
         q: T.Tensor((ROWS, G, D), dtype), k: T.Tensor((B, KEYS, Hkv, D), dtype),
         v: T.Tensor((B, KEYS, Hkv, D), dtype), grad_o: T.Tensor((ROWS, G, D), dtype),
-        items: T.Tensor((B, Hkv, ROW_ITEMS, 4), "int32"), place_row: T.Tensor((PLACES,), "int32"),
+        items: T.Tensor((B, Hkv, ROW_ITEMS, 4), "int32"), order: T.Tensor((B, Hkv, ROW_ITEMS), "int32"),
+        place_row: T.Tensor((PLACES,), "int32"),
         lse: T.Tensor((BLOCKS, W), "float32"), delta: T.Tensor((BLOCKS, W), "float32"),
         partials: T.Tensor((B, Hkv, ROW_ITEMS, PIECES, 2, 64, D), "float32"),
         d_k: T.Tensor((B, C, S, Hkv, D), dtype), d_v: T.Tensor((B, C, S, Hkv, D), dtype),
@@ -133,7 +134,7 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
             row = T.alloc_var("int32")
             T.annotate_min_blocks_per_sm(tile.memory_blocks)
             tx = T.get_thread_binding()
-            item = T.truncdiv(n, PIECES * PARTS)
+            item = order[b, h, T.truncdiv(n, PIECES * PARTS)]
             piece = T.truncmod(T.truncdiv(n, PARTS), PIECES)
             part = T.truncmod(n, PARTS)
             count = T.truncdiv(items[b, h, item, 2] + tokens - 1, tokens)

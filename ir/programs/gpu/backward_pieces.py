@@ -15,7 +15,7 @@ from hsa_compile.ir.programs.gpu.backward_queries import (
     copy_tile_rows,
     locate_pairs,
     tile_rows,
-    warp_tokens,
+    tokens_of_rows,
 )  # fmt: skip
 from hsa_compile.ir.programs.gpu.pairs import Pairs, symbols
 
@@ -125,8 +125,8 @@ def query_pass_by_pieces(pairs: Pairs, tile: GpuTile) -> Any:
             copy_rows(grad_o, Ds, b, h, n, L)
             T.fence_proxy_async()
             T.fill(dQ, 0)
-            low_tokens = warp_tokens(pairs, tx, 0)
-            high_tokens = warp_tokens(pairs, tx, 32)
+            low_tokens = tokens_of_rows(pairs, tx // 32 * 16, 16, 0)
+            high_tokens = tokens_of_rows(pairs, tx // 32 * 16, 16, 32)
             step = 0
             T.sync_threads()
             for i in T.serial(count):
