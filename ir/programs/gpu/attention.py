@@ -6,176 +6,50 @@ zero where its token did not select it, scales the row before the second product
 of chunks add up linearly, so nothing is rescaled and no order is kept. Overlap between neighbours is what makes this
 fast: K tokens of keys are loaded |U| times a tile instead of T*K times.
 
+It has three forms. By ``rows`` (here) all rows of a tile meet all chunks of its list; by ``warps`` every 16 rows meet
+those that one of their tokens selected; by ``token``, for decoding, nothing is shared.
+
 Rows do not touch each other: a row's weight of zero makes its probabilities exactly zero, so NaN in a query row or in
 the keys of a chunk stays with the tokens that own or selected it. NaN or infinity in the *values* of a chunk can reach
-the other tokens of a tile, at most T-1 neighbours, because a matrix product turns 0 * NaN into NaN.
+other tokens, because a matrix product turns 0 * NaN into NaN: by rows the T-1 neighbours in the tile, by warps those
+that share 16 rows (none where G is a multiple of 16), by token none.
 """
 
-import math
 from typing import Any
 
 import tilelang.language as T
 
-from hsa_compile.ir.operators import ChunkAttention, ProblemError
+from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import GpuProgram, GpuTile, Launch
-from hsa_compile.ir.programs.gpu.union import EMPTY, ROW_GROUP, UnionLists, ballot
+from hsa_compile.ir.programs.gpu import attention_warps, decode
+from hsa_compile.ir.programs.gpu.attention_walk import OPTIONS, TENSORS, Walk, require_supported, tile_copies
+from hsa_compile.ir.programs.gpu.union import ROW_GROUP, UnionLists
 
-LOG2E = math.log2(math.e)
 SM80_SHARED = 160 * 1024  # bytes of shared memory that a thread block may take on sm_80, rounded down
-TENSORS = ("q", "k", "v", "indices", "weights", "o")
-# Every exchange through shared memory has its barrier written out; the compiler would add one to every iteration.
-OPTIONS = {
-    "tl.enable_fast_math": True,
-    "tl.disable_safe_memory_legalize": True,
-    "tl.disable_thread_storage_sync": True,
-    "tl.disable_warp_specialized": True,
-}
-
-
-def require_supported(problem: ChunkAttention) -> None:
-    """Says which problems the GPU programs of chunk attention compute.
-
-    Raises:
-        ProblemError: fp32, a head width that is not a multiple of 16 up to 256, or such a chunk size.
-    """
-    if problem.dtype == "float32":
-        raise ProblemError("compiled GPU kernels are float16 or bfloat16; float32 runs on the Triton backend")
-    for name, value, least in (("head_dim", problem.head_dim, 16), ("chunk_size", problem.chunk_size, 16)):
-        if value % 16 or not least <= value <= 256:
-            raise ProblemError(f"compiled GPU kernels need {name} to be a multiple of 16 up to 256, got {value}")
 
 
 def program(problem: ChunkAttention, tile: GpuTile) -> GpuProgram:
-    """The forward pass: the union lists, then one thread block for every tile and kv head.
+    """The forward pass in the tile's form: by token (see ``decode``), or the union lists, then one thread block for every
+    tile and kv head.
 
     Raises:
         ProblemError: see ``require_supported`` and ``UnionLists``.
     """
     require_supported(problem)
+    if tile.form == "token":
+        return decode.program(problem, tile)
     lists = UnionLists(problem, tile)
     regions = lists.regions()
     dims = {"B": "B", "L": "L", "C": "C", "N": lists.tiles}
+    options = {**OPTIONS, "tl.disable_wgmma": True}
     if tile.form == "warps":
-        attend = _attend_warps(lists)
+        attend = attention_warps.attend(lists)
+    elif tile.wgmma:
+        attend, options = _attend(lists), OPTIONS
     else:
-        attend = _attend(lists) if tile.wgmma else _attend_mma(lists)
-    options = OPTIONS if tile.wgmma and tile.form == "rows" else {**OPTIONS, "tl.disable_wgmma": True}
+        attend = _attend_mma(lists)
     launch = Launch("attend", attend, ("q", "k", "v", *(r.name for r in regions), "o"), dims, options)
     return GpuProgram(TENSORS, regions, (lists.launch(), launch))
-
-
-class Walk:
-    """What a tile's rows do at every entry of its list, as macros that all kinds of matrix instructions share.
-
-    Row t*G + g is query head g of token t, and a warp owns 16 rows in a row. Where those always belong to one token
-    (``whole``), lane j of the warp holds the token's slots j, j+32, ... , and the weight at an entry is found by a vote.
-    Else ``following`` is every row's next entry, ``following_weight`` the weight there, and ``slot`` its place among the
-    token's slots. ``weight`` is that at the current entry.
-    """
-
-    def __init__(self, lists: UnionLists, rows: int) -> None:
-        p, TOKENS = lists.problem, lists.tile.tokens
-        S, G, K = p.chunk_size, p.groups, p.top_k
-        scale = p.scale * LOG2E
-        # If a warp's rows belong to one token, its weight is zero for all of them or for none: skipping the chunks that
-        # the token did not select is then all the masking there is to do.
-        self.whole = WHOLE = G % ROW_GROUP == 0
-        self.alloc = T.alloc_local if WHOLE else T.alloc_fragment
-        HELD = -(-K // 32)
-        self.state_shape = (HELD,) if WHOLE else (rows,)
-        self.weight_shape = (1,) if WHOLE else (rows,)
-
-        @T.macro
-        def start(n, tx, following, following_weight, slot, slot_entry, slot_weight):
-            if WHOLE:
-                token = tx // (2 * G)
-                for j in T.unroll(HELD):
-                    following[j] = EMPTY
-                    following_weight[j] = 0.0
-                    if token < TOKENS and j * 32 + tx % 32 < K:
-                        following[j] = slot_entry[n, token, j * 32 + tx % 32]
-                        following_weight[j] = slot_weight[n, token, j * 32 + tx % 32]
-            else:
-                for r in T.Parallel(rows):
-                    slot[r] = 0
-                    following[r] = T.if_then_else(r // G < TOKENS, slot_entry[n, T.min(r // G, TOKENS - 1), 0], EMPTY)
-                    following_weight[r] = slot_weight[n, T.min(r // G, TOKENS - 1), 0]
-
-        @T.macro
-        def advance(i, n, following, following_weight, slot, weight, slot_entry, slot_weight):
-            """Sets the weights at entry i; rows whose token selected it step to the token's next slot."""
-            if WHOLE:
-                votes = T.alloc_var("int32")
-                weight[0] = 0.0
-                for j in T.unroll(HELD):
-                    votes = ballot(following[j] == i)
-                    if votes != 0:
-                        weight[0] = T.shfl_sync(following_weight[j], T.call_extern("int32", "__ffs", votes) - 1)
-            else:
-                for r in T.Parallel(rows):
-                    weight[r] = 0.0
-                    if following[r] == i:
-                        weight[r] = following_weight[r]
-                        slot[r] = slot[r] + 1
-                        following[r] = slot_entry[n, T.min(r // G, TOKENS - 1), slot[r]]
-                        following_weight[r] = slot_weight[n, T.min(r // G, TOKENS - 1), slot[r]]
-
-        @T.macro
-        def softmax(logits, peak, factor, weight):
-            """Leaves the exponentials in ``logits`` and weight / denominator in ``factor``."""
-            T.reduce_max(logits, peak, dim=1, clear=True)
-            for r in T.Parallel(rows):
-                peak[r] = (T.max(peak[r], 0.0) if p.off_by_one else peak[r]) * scale
-            for r, j in T.Parallel(rows, S):
-                logits[r, j] = T.exp2(logits[r, j] * scale - peak[r])
-            T.reduce_sum(logits, factor, dim=1)
-            for r in T.Parallel(rows):
-                factor[r] = weight[0 if WHOLE else r] / (factor[r] + (T.exp2(-peak[r]) if p.off_by_one else 0.0))
-
-        @T.macro
-        def weigh(tx, bits, logits, peak, factor, weight):
-            """The softmax, in the warps of which a row has a weight; ``bits`` says which, 16 rows a bit."""
-            if WHOLE:
-                if weight[0] != 0.0:
-                    softmax(logits, peak, factor, weight)
-            else:
-                if ((bits >> (tx // 32)) & 1) != 0:
-                    softmax(logits, peak, factor, weight)
-
-        @T.macro
-        def probabilities(P, logits, factor, weight):
-            """Weighted probabilities: exactly zero where the weight is, whatever the logits are."""
-            if WHOLE:
-                if weight[0] != 0.0:
-                    for r, j in T.Parallel(rows, S):
-                        P[r, j] = logits[r, j] * factor[r]
-                else:
-                    T.fill(P, 0.0)
-            else:
-                for r, j in T.Parallel(rows, S):
-                    P[r, j] = T.if_then_else(weight[r] == 0.0, 0.0, logits[r, j] * factor[r])
-
-        self.start, self.advance, self.softmax = start, advance, softmax
-        self.weigh, self.probabilities = weigh, probabilities
-
-
-def tile_copies(problem: ChunkAttention, tokens: int, rows: int) -> Any:
-    """Macros that bring a tile's query rows to shared memory (zeros in the rows of no token) and its sums to ``o``."""
-    G = problem.groups
-
-    @T.macro
-    def load(q, queries, b, bh, t0, L):
-        for r, d in T.Parallel(rows, problem.head_dim):
-            token = T.min(t0 + T.min(r // G, tokens - 1), L - 1)
-            queries[r, d] = q[b, token, bh * G + r % G, d]
-
-    @T.macro
-    def store(o, sums, b, bh, t0, L):
-        for r, d in T.Parallel(rows, problem.head_dim):
-            if r < tokens * G and t0 + r // G < L:
-                o[b, t0 + r // G, bh * G + r % G, d] = sums[r, d]
-
-    return load, store
 
 
 def _attend(lists: UnionLists) -> Any:
@@ -186,6 +60,7 @@ def _attend(lists: UnionLists) -> Any:
     TOKENS, STAGES, SLOTS = tile.tokens, tile.stages, lists.slots
     ROWS = -(-TOKENS * G // 64) * 64
     WARPS = ROWS // ROW_GROUP
+    TURNS = tuple(range(4))
     FULL_ROW = T.GemmWarpPolicy.FullRow
     walk = Walk(lists, ROWS)
     load, store = tile_copies(p, TOKENS, ROWS)
@@ -257,7 +132,7 @@ def _attend(lists: UnionLists) -> Any:
                     walk.advance(i + 1, n, following, following_weight, slot, weight, slot_entry, slot_weight)
                     if not walk.whole:
                         bits = active[n, i + 1]
-                    if tx // 32 == i % WARPS:
+                    if tx // 32 == i % len(TURNS):
                         key_chunk = chunk[n, T.min(i + STAGES, SLOTS - 1)]
                         value_chunk = chunk[n, T.min(i + STAGES - 1, SLOTS - 1)]
                     T.barrier_wait(keys_ready[(i + 1) % STAGES], ((i + 1) // STAGES) & 1)
@@ -272,23 +147,28 @@ def _attend(lists: UnionLists) -> Any:
                     T.barrier_wait(values_ready[i % STAGES], (i // STAGES) & 1)
                     T.wgmma_gemm(P, values[i % STAGES, :, :], sums, policy=FULL_ROW)
                     # The keys of entry i and the values of entry i-1 were used an iteration ago: refill their buffers.
-                    # Warps take turns, since a warp's schedulers are busy with the same warp of the other blocks.
-                    if tx // 32 == i % WARPS:
-                        if i + STAGES < entries:
-                            T.barrier_wait(keys_free[i % STAGES], (i // STAGES) & 1)
-                            T.tma_copy(
-                                k[bb, key_chunk, :, bh, :], keys[i % STAGES, :, :], barrier=keys_ready[i % STAGES]
-                            )
-                            T.barrier_arrive(keys_ready[i % STAGES])
-                        if i + STAGES - 1 < entries:
-                            if i > 0:
-                                T.barrier_wait(values_free[(i + STAGES - 1) % STAGES], ((i - 1) // STAGES) & 1)
-                            T.tma_copy(
-                                v[bb, value_chunk, :, bh, :],
-                                values[(i + STAGES - 1) % STAGES, :, :],
-                                barrier=values_ready[(i + STAGES - 1) % STAGES],
-                            )
-                            T.barrier_arrive(values_ready[(i + STAGES - 1) % STAGES])
+                    # Warps take turns, since a scheduler has the same warp of all blocks. The compiler must see that
+                    # one warp loads, hence a copy of the loads for each.
+                    for turn in TURNS:
+                        if tx >= 32 * turn and tx < 32 * turn + 32:
+                            if i % len(TURNS) == turn:
+                                if i + STAGES < entries:
+                                    T.barrier_wait(keys_free[i % STAGES], (i // STAGES) & 1)
+                                    T.tma_copy(
+                                        k[bb, key_chunk, :, bh, :],
+                                        keys[i % STAGES, :, :],
+                                        barrier=keys_ready[i % STAGES],
+                                    )
+                                    T.barrier_arrive(keys_ready[i % STAGES])
+                                if i + STAGES - 1 < entries:
+                                    if i > 0:
+                                        T.barrier_wait(values_free[(i + STAGES - 1) % STAGES], ((i - 1) // STAGES) & 1)
+                                    T.tma_copy(
+                                        v[bb, value_chunk, :, bh, :],
+                                        values[(i + STAGES - 1) % STAGES, :, :],
+                                        barrier=values_ready[(i + STAGES - 1) % STAGES],
+                                    )
+                                    T.barrier_arrive(values_ready[(i + STAGES - 1) % STAGES])
                     T.wait_wgmma(1)
                     if tx % 32 == 0:
                         T.barrier_arrive(keys_free[(i + 1) % STAGES])
@@ -306,105 +186,6 @@ def _attend(lists: UnionLists) -> Any:
                 queries[r, d] = sums[r, d]
             T.sync_threads()
             store(o, queries, b, bh, t0, L)
-
-    return attend
-
-
-def _attend_warps(lists: UnionLists) -> Any:
-    """The walk with a warp for 16 rows: it multiplies the chunks that its rows selected and passes the others by.
-
-    One more warp loads the tile's chunks, ``stages`` ahead, into buffers that all warps read. So a tile can have many
-    tokens and load each chunk once for all of them, without multiplying what most did not select; wgmma's 64 rows
-    would.
-    """
-    p, tile = lists.problem, lists.tile
-    Hq, Hkv, D, S, K, G = p.q_heads, p.kv_heads, p.head_dim, p.chunk_size, p.top_k, p.groups
-    TOKENS, STAGES, SLOTS = tile.tokens, tile.stages, lists.slots
-    ROWS = -(-TOKENS * G // ROW_GROUP) * ROW_GROUP
-    WARPS = ROWS // ROW_GROUP
-    FULL_ROW = T.GemmWarpPolicy.FullRow
-    walk = Walk(lists, ROWS)
-    load, store = tile_copies(p, TOKENS, ROWS)
-    B, L, C, N = (T.dynamic(n, "int64") for n in ("B", "L", "C", "N"))
-
-    @T.macro
-    def step(stage: T.Ref, phase: T.Ref):
-        stage = stage + 1
-        if stage == STAGES:
-            stage = 0
-            phase = phase ^ 1
-
-    @T.prim_func
-    def attend(
-        q: T.Tensor((B, L, Hq, D), p.dtype), k: T.Tensor((B, C, S, Hkv, D), p.dtype),
-        v: T.Tensor((B, C, S, Hkv, D), p.dtype), count: T.Tensor((N,), "int32"), chunk: T.Tensor((N, SLOTS), "int32"),
-        active: T.Tensor((N, SLOTS), "int32"), slot_entry: T.Tensor((N, TOKENS, K + 1), "int32"),
-        slot_weight: T.Tensor((N, TOKENS, K + 1), "float32"), o: T.Tensor((B, L, Hq, D), p.dtype),
-    ):  # fmt: skip
-        with T.Kernel(T.ceildiv(L, TOKENS), Hkv, B, threads=32 * (WARPS + 1)) as (bt, bh, bb):
-            keys = T.alloc_shared((STAGES, S, D), p.dtype)
-            values = T.alloc_shared((STAGES, S, D), p.dtype)
-            queries = T.alloc_fragment((ROWS, D), p.dtype)
-            logits = T.alloc_fragment((ROWS, S), "float32")
-            P = T.alloc_fragment((ROWS, S), p.dtype)
-            sums = T.alloc_fragment((ROWS, D), "float32")
-            peak = T.alloc_fragment((ROWS,), "float32")
-            factor = T.alloc_fragment((ROWS,), "float32")
-            following = walk.alloc(walk.state_shape, "int32")
-            following_weight = walk.alloc(walk.state_shape, "float32")
-            slot = walk.alloc(walk.state_shape, "int32")
-            weight = walk.alloc(walk.weight_shape, "float32")
-            ready = T.alloc_barrier(arrive_count=[32] * STAGES)
-            free = T.alloc_barrier(arrive_count=[WARPS] * STAGES)
-            bits = T.alloc_var("int32")
-            stage = T.alloc_var("int32")
-            phase = T.alloc_var("int32")
-            if tile.blocks > 1:
-                T.annotate_min_blocks_per_sm(tile.blocks)
-            tx = T.get_thread_binding()
-            b = T.cast(bb, "int64")
-            t0 = T.cast(bt, "int64") * TOKENS
-            n = (b * Hkv + bh) * T.ceildiv(L, TOKENS) + bt
-            entries = count[n]
-            stage = 0
-            phase = 0
-            if tx < 32 * WARPS:
-                load(q, queries, b, bh, t0, L)
-                T.fill(sums, 0.0)
-                walk.start(n, tx, following, following_weight, slot, slot_entry, slot_weight)
-                bits = active[n, 0]
-                for i in T.serial(entries):
-                    T.barrier_wait(ready[stage], phase)
-                    if ((bits >> (tx // 32)) & 1) != 0:
-                        T.gemm(
-                            queries,
-                            keys[stage, :, :],
-                            logits,
-                            transpose_B=True,
-                            policy=FULL_ROW,
-                            clear_accum=True,
-                        )
-                        walk.advance(i, n, following, following_weight, slot, weight, slot_entry, slot_weight)
-                        walk.softmax(logits, peak, factor, weight)
-                        if walk.whole:
-                            for r, j in T.Parallel(ROWS, S):
-                                P[r, j] = logits[r, j] * factor[r]
-                        else:
-                            walk.probabilities(P, logits, factor, weight)
-                        T.gemm(P, values[stage, :, :], sums, policy=FULL_ROW)
-                    bits = active[n, T.min(i + 1, SLOTS - 1)]
-                    if tx % 32 == 0:
-                        T.barrier_arrive(free[stage])
-                    step(stage, phase)
-                store(o, sums, b, bh, t0, L)
-            else:
-                for i in T.serial(entries):
-                    if i >= STAGES:
-                        T.barrier_wait(free[stage], phase ^ 1)
-                    T.tma_copy(k[bb, chunk[n, i], :, bh, :], keys[stage, :, :], barrier=ready[stage])
-                    T.tma_copy(v[bb, chunk[n, i], :, bh, :], values[stage, :, :], barrier=ready[stage])
-                    T.barrier_arrive(ready[stage])
-                    step(stage, phase)
 
     return attend
 

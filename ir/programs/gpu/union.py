@@ -5,8 +5,8 @@ A tile is T neighbouring tokens of one kv head. Its list holds every chunk that 
 entry, so that a kernel which walks the list meets each token's next slot in passing: one comparison an entry, and memory
 in proportion to the slots however large T is (a weight for every entry and token would be T times that).
 
-The order of a list depends on the selection alone: of first mention where tiles are small, of the chunks where they are
-large, so that tokens far apart in a tile are busy at the same time.
+The order of a list depends on the selection alone: of first mention, by the first slots of all tokens, then their second
+ones and so on, where tiles are small; of the chunks where they are large. Both let all tokens be busy at the same time.
 
 A slot whose index is negative or not below C is empty; no such index reaches a load. A token's duplicates of a chunk
 are one slot with their summed weight, added in the order of the slots.
@@ -23,11 +23,10 @@ from hsa_compile.ir.programs.gpu.pairs import ones, scan, set_bits
 
 EMPTY = 2**31 - 1  # in place of a chunk: sorts last; in place of an entry: ends a token's slots
 PAIRS_MAX = 4096  # (token, slot) pairs of a tile that one thread block lists
-WARP_PAIRS = 128  # up to so many, a warp compares all with all; above, a block ranks them in a bitmap of the chunks
+WARP_PAIRS = 64  # up to so many, a warp compares all with all; above, a block marks them in a bitmap of the chunks
 ROW_GROUP = 16  # rows that a warp owns in a matrix product
 WARPS = 8  # tiles of a thread block, where each has a warp
-THREADS = 256
-WINDOW = 65536  # chunks that one bitmap in shared memory covers
+WINDOW = 16384  # chunks that one bitmap in shared memory covers
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class UnionLists:
     ``active`` int32 [N, T*K]: bit i is set if a token with one of the rows 16*i .. 16*i+15 selected the entry's chunk;
         row t*G + g is query head g of token t.
     ``slot_entry`` int32 [N, T, K+1]: entries of a token's slots, ascending, then ``EMPTY``.
-    ``slot_weight`` float32 [N, T, K+1]: their weights, then zeros.
+    ``slot_weight`` float32 [N, T, K+1]: their weights.
 
     Raises:
         ProblemError: a tile has more slots or rows than the lists can describe.
@@ -100,25 +99,9 @@ def row_groups(token: Any, G: int) -> Any:
     return T.cast(T.shift_right(every, T.uint32(31) - high) & T.shift_left(every, low), "int32")
 
 
-@T.macro
-def place_slot(n, token, slot, K, entry, row, own, total, slot_entry, slot_weight):
-    """Writes a pair's slot to its place in the token's list. ``entry[row, token * K + d]`` is that of slot d."""
-    place = T.alloc_var("int32")
-    other = T.alloc_var("int32")
-    place = 0
-    for d in T.serial(K):
-        other = entry[row, token * K + d]
-        if other < own or (other == EMPTY and own == EMPTY and d < slot):
-            place = place + 1
-    slot_entry[n, token, place] = own
-    slot_weight[n, token, place] = T.if_then_else(own == EMPTY, 0.0, total)
-    if slot == 0:
-        slot_entry[n, token, K] = EMPTY
-        slot_weight[n, token, K] = 0.0
-
-
 def _unite_in_warps(lists: UnionLists) -> Any:
-    """A warp a tile: every pair looks for the first one with its chunk, and those first ones are numbered."""
+    """A warp a tile: every pair looks for the first one with its chunk, and those first ones are numbered. Pair
+    slot * T + token is that token's slot."""
     p, TOKENS = lists.problem, lists.tile.tokens
     Hq, Hkv, D, S, K, G = p.q_heads, p.kv_heads, p.head_dim, p.chunk_size, p.top_k, p.groups
     SLOTS = lists.slots
@@ -148,6 +131,8 @@ def _unite_in_warps(lists: UnionLists) -> Any:
             pair = T.alloc_var("int32")
             found = T.alloc_var("int32")
             votes = T.alloc_var("int32")
+            place = T.alloc_var("int32")
+            other = T.alloc_var("int32")
             tx = T.get_thread_binding()
             warp, lane = tx // 32, tx % 32
             t = T.cast(bt, "int64") * WARPS + warp
@@ -158,9 +143,9 @@ def _unite_in_warps(lists: UnionLists) -> Any:
                     pair = j * 32 + lane
                     mine[j] = -1
                     weight[warp, pair] = 0.0
-                    if pair < SLOTS and t + pair // K < L:
-                        mine[j] = indices[bb, t + pair // K, bh, pair % K]
-                        weight[warp, pair] = weights[bb, t + pair // K, bh, pair % K]
+                    if pair < SLOTS and t + pair % TOKENS < L:
+                        mine[j] = indices[bb, t + pair % TOKENS, bh, pair // TOKENS]
+                        weight[warp, pair] = weights[bb, t + pair % TOKENS, bh, pair // TOKENS]
                     if mine[j] >= C:
                         mine[j] = -1
                     chunks[warp, pair] = mine[j]
@@ -174,7 +159,7 @@ def _unite_in_warps(lists: UnionLists) -> Any:
                         for j in T.unroll(EACH):
                             if others[u] == mine[j]:
                                 leader[j] = T.min(leader[j], i * 4 + u)
-                                groups[j] = groups[j] | row_groups((i * 4 + u) // K, G)
+                                groups[j] = groups[j] | row_groups((i * 4 + u) % TOKENS, G)
                 found = 0
                 for j in T.unroll(EACH):
                     pair = j * 32 + lane
@@ -195,28 +180,115 @@ def _unite_in_warps(lists: UnionLists) -> Any:
                     if mine[j] >= 0:
                         own[j] = number[warp, leader[j]]
                         for d in T.serial(K):
-                            if chunks[warp, pair // K * K + d] == mine[j]:
-                                total[j] = total[j] + weight[warp, pair // K * K + d]
-                                if d < pair % K:
+                            if chunks[warp, d * TOKENS + pair % TOKENS] == mine[j]:
+                                total[j] = total[j] + weight[warp, d * TOKENS + pair % TOKENS]
+                                if d < pair // TOKENS:
                                     own[j] = EMPTY
                     entry[warp, pair] = own[j]
                 T.sync_warp()
                 for j in T.unroll(EACH):
                     pair = j * 32 + lane
                     if pair < SLOTS:
-                        place_slot(n, pair // K, pair % K, K, entry, warp, own[j], total[j], slot_entry, slot_weight)
+                        place = 0
+                        for d in T.serial(K):
+                            other = entry[warp, d * TOKENS + pair % TOKENS]
+                            if other < own[j] or (other == EMPTY and own[j] == EMPTY and d < pair // TOKENS):
+                                place = place + 1
+                        slot_entry[n, pair % TOKENS, place] = own[j]
+                        slot_weight[n, pair % TOKENS, place] = total[j]
+                    if pair < TOKENS:
+                        slot_entry[n, pair, K] = EMPTY
+                        slot_weight[n, pair, K] = 0.0
 
     return unite
 
 
 def _unite_in_blocks(lists: UnionLists) -> Any:
-    """A block a tile: marks the chunks of its pairs in a bitmap and ranks them by population count."""
+    """A block a tile: marks the chunks of its pairs in a bitmap, whose population counts number them. Pair
+    token * K + slot is that token's slot."""
     p, TOKENS = lists.problem, lists.tile.tokens
     Hq, Hkv, D, S, K, G = p.q_heads, p.kv_heads, p.head_dim, p.chunk_size, p.top_k, p.groups
     SLOTS = lists.slots
+    THREADS = 256 if SLOTS <= 1024 else 512
     ROUNDS = -(-SLOTS // THREADS)
     WORDS = WINDOW // 32
+    SHUFFLED = 32 % K == 0  # a token's slots are in one warp
     B, L, C, N = (T.dynamic(n, "int64") for n in ("B", "L", "C", "N"))
+
+    @T.macro
+    def place_in_warp(n, pair, own, total, slot_entry, slot_weight):
+        """Writes 32 pairs to their places in the lists of their tokens."""
+        lane = pair % 32
+        same = T.alloc_var("int32")
+        before = T.alloc_var("int32")
+        votes = T.alloc_var("int32")
+        entry = T.alloc_var("int32")
+        place = T.alloc_var("int32")
+        weight = T.alloc_var("float32")
+        other = T.alloc_var("float32")
+        entry = own
+        weight = total
+        before = T.shift_left(1, lane) - 1
+        same = T.cast(T.match_any_sync(T.if_then_else(own < EMPTY, own * 32 + lane // K, -1 - lane)), "int32")
+        votes = ballot((same & before) != 0)
+        if votes != 0:
+            # The first of a token's duplicates stands for all of them.
+            weight = 0.0
+            for d in T.serial(32):
+                other = T.shfl_sync(total, d)
+                if (T.shift_right(same, d) & 1) != 0:
+                    weight = weight + other
+            if (same & before) != 0:
+                entry = EMPTY
+        votes = ballot(entry == EMPTY)
+        place = 0
+        for d in T.unroll(K):
+            if T.shfl_sync(entry, lane // K * K + d) < entry:
+                place = place + 1
+        if entry == EMPTY:
+            place = place + ones(votes & before & T.shift_left(-1, lane // K * K))
+        if pair < SLOTS:
+            slot_entry[n, pair // K, place] = entry
+            slot_weight[n, pair // K, place] = weight
+            if pair % K == 0:
+                slot_entry[n, pair // K, K] = EMPTY
+                slot_weight[n, pair // K, K] = 0.0
+
+    @T.macro
+    def place_in_block(n, tx, entry, mine, total, weights, b, h, t, slot_entry, slot_weight):
+        """Writes all pairs to their places; ``entry`` holds their entries."""
+        place = T.alloc_var("int32")
+        own = T.alloc_var("int32")
+        pair = T.alloc_var("int32")
+        for i in T.unroll(ROUNDS):
+            pair = i * THREADS + tx
+            if pair < SLOTS:
+                own = entry[pair]
+                mine[i] = own
+                for d in T.serial(K):
+                    if own < EMPTY and entry[pair // K * K + d] == own:
+                        if d < pair % K:
+                            mine[i] = EMPTY
+                        if d > pair % K:
+                            total[i] = total[i] + weights[b, t + pair // K, h, d]
+        T.sync_threads()
+        for i in T.unroll(ROUNDS):
+            if i * THREADS + tx < SLOTS:
+                entry[i * THREADS + tx] = mine[i]
+        T.sync_threads()
+        for i in T.unroll(ROUNDS):
+            pair = i * THREADS + tx
+            if pair < SLOTS:
+                place = 0
+                for d in T.serial(K):
+                    own = entry[pair // K * K + d]
+                    if own < mine[i] or (own == EMPTY and mine[i] == EMPTY and d < pair % K):
+                        place = place + 1
+                slot_entry[n, pair // K, place] = mine[i]
+                slot_weight[n, pair // K, place] = total[i]
+                if pair % K == 0:
+                    slot_entry[n, pair // K, K] = EMPTY
+                    slot_weight[n, pair // K, K] = 0.0
 
     @T.prim_func
     def unite(
@@ -229,11 +301,12 @@ def _unite_in_blocks(lists: UnionLists) -> Any:
             bits = T.alloc_shared((WORDS,), "int32")
             ahead = T.alloc_shared((WORDS,), "int32")
             found = T.alloc_shared((SLOTS,), "int32")  # chunk of an entry
-            groups = T.alloc_shared((SLOTS,), "int32")
-            entry = T.alloc_shared((1, SLOTS), "int32")  # of a pair
+            groups = T.alloc_shared((SLOTS,), "int32")  # row groups of an entry
+            entry = T.alloc_shared((1 if SHUFFLED else SLOTS,), "int32")  # of a pair
             warp_sums = T.alloc_shared((32,), "int32")
             top = T.alloc_shared((1,), "int32")
             mine = T.alloc_local((ROUNDS,), "int32")
+            own = T.alloc_local((ROUNDS,), "int32")
             total = T.alloc_local((ROUNDS,), "float32")
             x = T.alloc_local((2,), "int32")
             n = T.alloc_var("int64")
@@ -245,6 +318,7 @@ def _unite_in_blocks(lists: UnionLists) -> Any:
             high = T.alloc_var("int32")
             word = T.alloc_var("int32")
             e = T.alloc_var("int32")
+            T.annotate_min_blocks_per_sm(1024 // THREADS)  # or the unrolled rounds take registers for half as many
             tx = T.get_thread_binding()
             n = (T.cast(bb, "int64") * Hkv + bh) * T.ceildiv(L, TOKENS) + bt
             t = T.cast(bt, "int64") * TOKENS
@@ -256,6 +330,7 @@ def _unite_in_blocks(lists: UnionLists) -> Any:
             for i in T.unroll(ROUNDS):
                 pair = i * THREADS + tx
                 mine[i] = -1
+                own[i] = EMPTY
                 total[i] = 0.0
                 if pair < SLOTS:
                     if t + pair // K < L:
@@ -263,7 +338,6 @@ def _unite_in_blocks(lists: UnionLists) -> Any:
                         total[i] = weights[bb, t + pair // K, bh, pair % K]
                     if mine[i] >= C:
                         mine[i] = -1
-                    entry[0, pair] = EMPTY
                     groups[pair] = 0
                 high = T.max(high, mine[i])
             T.call_extern("int32", "atomicMax", T.address_of(top[0]), high)
@@ -292,12 +366,11 @@ def _unite_in_blocks(lists: UnionLists) -> Any:
                 T.sync_threads()
                 for i in T.unroll(ROUNDS):
                     if mine[i] >= 0 and mine[i] // WINDOW == w:
-                        pair = i * THREADS + tx
                         word = mine[i] % WINDOW // 32
                         e = ahead[word] + ones(bits[word] & (T.shift_left(1, mine[i] % 32) - 1))
                         found[e] = mine[i]
-                        entry[0, pair] = e
-                        set_bits(groups[e], row_groups(pair // K, G))
+                        own[i] = e
+                        set_bits(groups[e], row_groups((i * THREADS + tx) // K, G))
                 entries = entries + x[1]
                 T.sync_threads()
             for i in T.unroll(ROUNDS):
@@ -307,27 +380,14 @@ def _unite_in_blocks(lists: UnionLists) -> Any:
                     active[n, pair] = groups[pair]
             if tx == 0:
                 count[n] = entries
-            for i in T.unroll(ROUNDS):
-                # The first of a token's duplicates stands for all of them.
-                pair = i * THREADS + tx
-                if pair < SLOTS:
-                    mine[i] = entry[0, pair]
-                    if mine[i] < EMPTY:
-                        e = mine[i]
-                        for d in T.serial(K):
-                            if entry[0, pair // K * K + d] == e:
-                                if d < pair % K:
-                                    mine[i] = EMPTY
-                                if d > pair % K:
-                                    total[i] = total[i] + weights[bb, t + pair // K, bh, d]
-            T.sync_threads()
-            for i in T.unroll(ROUNDS):
-                if i * THREADS + tx < SLOTS:
-                    entry[0, i * THREADS + tx] = mine[i]
-            T.sync_threads()
-            for i in T.unroll(ROUNDS):
-                pair = i * THREADS + tx
-                if pair < SLOTS:
-                    place_slot(n, pair // K, pair % K, K, entry, 0, mine[i], total[i], slot_entry, slot_weight)
+            if SHUFFLED:
+                for i in T.unroll(ROUNDS):
+                    place_in_warp(n, i * THREADS + tx, own[i], total[i], slot_entry, slot_weight)
+            else:
+                for i in T.unroll(ROUNDS):
+                    if i * THREADS + tx < SLOTS:
+                        entry[i * THREADS + tx] = own[i]
+                T.sync_threads()
+                place_in_block(n, tx, entry, mine, total, weights, bb, bh, t, slot_entry, slot_weight)
 
     return unite
