@@ -71,12 +71,8 @@ def _attend(p: ChunkAttention, tile: GpuTile) -> Any:
                 slot = split * SLOTS + j
                 c = T.cast(T.if_then_else(slot < K, indices[b, t, bh, T.min(slot, K - 1)], -1), "int64")
                 if c >= 0 and c < C:
-                    # Keys and values are on their way together; the softmax does not wait for the values.
-                    T.sync_threads()
-                    T.async_copy(k[b, c, :, bh, :], keys)
-                    T.async_copy(v[b, c, :, bh, :], values)
-                    T.ptx_wait_group(1)
-                    T.sync_threads()
+                    T.copy(k[b, c, :, bh, :], keys)
+                    T.copy(v[b, c, :, bh, :], values)
                     T.gemm(queries, keys, logits, transpose_B=True, policy=COLUMNS, clear_accum=True)
                     T.reduce_max(logits, peak, dim=1, clear=True)
                     for r in T.Parallel(PADDED):
@@ -88,8 +84,6 @@ def _attend(p: ChunkAttention, tile: GpuTile) -> Any:
                         total[r] = weights[b, t, bh, slot] / (total[r] + (T.exp2(-peak[r]) if p.off_by_one else 0.0))
                     for r, s in T.Parallel(PADDED, S):
                         probabilities[r, s] = logits[r, s] * total[r]
-                    T.ptx_wait_group(0)
-                    T.sync_threads()
                     T.gemm(probabilities, values, sums, policy=COLUMNS)
             for r, d in T.Parallel(PADDED, D):
                 if r < G:
