@@ -32,7 +32,7 @@ def _step(run: torch.nn.Module | None = None, recompute: bool = False) -> tuple[
     model.recompute = recompute
     model.zero_grad()
     with torch.autocast("cuda", torch.bfloat16):
-        logits = (run or model)(ids[:, :-1])
+        logits = (model if run is None else run)(ids[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
     loss.backward()
     model.recompute = False

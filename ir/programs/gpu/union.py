@@ -384,6 +384,7 @@ def _unite_in_blocks(lists: UnionLists) -> Any:
                 for i in T.unroll(ROUNDS):
                     place_in_warp(n, i * THREADS + tx, own[i], total[i], slot_entry, slot_weight)
             else:
+                T.sync_threads()  # the compiler lays ``entry`` over what was read above
                 for i in T.unroll(ROUNDS):
                     if i * THREADS + tx < SLOTS:
                         entry[i * THREADS + tx] = own[i]
