@@ -173,6 +173,20 @@ template <class T> T __shfl_up_sync(unsigned, T x, int by, int = 32) {
   return shuffle(x, emulator.current - (lane() >= by ? by : 0));
 }
 template <class T> T __shfl_xor_sync(unsigned, T x, int by, int = 32) { return shuffle(x, emulator.current ^ by); }
+inline unsigned __ballot_sync(unsigned, int x) {
+  auto& all = emulator.meet(31, &x, 4);
+  unsigned votes = 0;
+  for (int i = 0; i < 32; ++i) votes |= unsigned(all[(emulator.current & ~31) + i][0] != 0) << i;
+  return votes;
+}
+template <class T> unsigned __match_any_sync(unsigned, T x) {
+  auto& all = emulator.meet(31, &x, 4);
+  uint32_t mine;
+  memcpy(&mine, &x, 4);
+  unsigned same = 0;
+  for (int i = 0; i < 32; ++i) same |= unsigned(all[(emulator.current & ~31) + i][0] == mine) << i;
+  return same;
+}
 inline int any_of(int mask, int x) {
   auto& all = emulator.meet(mask, &x, 4);
   int found = 0;
@@ -330,12 +344,11 @@ struct SumOp { float operator()(float a, float b) const { return a + b; } };
 template <int> struct NamedBarrier;
 template <class Op, int threads, int scale, int offset, class B> struct AllReduce {
   static float run(float x, float* = nullptr) {
-    if (threads == scale) return x;
-    const int mask = threads - scale;
-    auto& all = emulator.meet(mask, &x, 4);
-    const int me = emulator.current;
-    for (int t = 0; t < emulator.threads; ++t)
-      if (t != me && (t & ~mask) == (me & ~mask)) x = Op()(x, bits_float(all[t][0]));
+    // As a butterfly, so that all threads come to the same bits.
+    for (int i = threads / 2; i >= scale; i /= 2) {
+      auto& all = emulator.meet(threads - scale, &x, 4);
+      x = Op()(x, bits_float(all[emulator.current ^ i][0]));
+    }
     return x;
   }
 };
