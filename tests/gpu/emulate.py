@@ -33,7 +33,9 @@ class EmulatedKernel:
         headers = "".join(f'#include "{name}"\n' for name in ("cuda_launch.h", "cuda_kernel.h"))
         text = directory / "kernel.cc"
         text.write_text(headers + "".join(_adapted(path.read_text()) for path in sources))
-        command = ["g++", "-std=c++20", "-O2", "-march=native", "-w", "-shared", "-fPIC", f"-I{EMULATOR}", f"-I{HOST}"]
+        # nvcc lets vectors of other types be read from arrays; g++ must be told to.
+        flags = ("-std=c++20", "-O2", "-march=native", "-fno-strict-aliasing", "-w", "-shared", "-fPIC")
+        command = ["g++", *flags, f"-I{EMULATOR}", f"-I{HOST}"]
         subprocess.run([*command, str(text), "-o", str(directory / "kernel.so")], check=True)
         self._library = ctypes.CDLL(str(directory / "kernel.so"))
         self._table = CudaTable.in_dll(self._library, artifact.symbol)

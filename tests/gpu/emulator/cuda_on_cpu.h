@@ -197,6 +197,7 @@ inline int any_of(int mask, int x) {
 inline int __any_sync(unsigned, int x) { return any_of(31, x); }
 inline int __syncthreads_or(int x) { return any_of(1023, x); }
 inline int __popc(int x) { return __builtin_popcount(unsigned(x)); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int atomicOr(int* at, int bits) { const int old = *at; *at |= bits; return old; }
 inline int atomicExch(int* at, int x) { const int old = *at; *at = x; return old; }
 inline int atomicMax(int* at, int x) { const int old = *at; *at = max(*at, x); return old; }
