@@ -54,10 +54,10 @@ def bucket(length: int) -> int:
     return 1 << (length.bit_length() - 1) // 2 * 2 if length > 0 else 0
 
 
-def default_tile(problem: Problem, pass_name: str, level: CpuTarget | GpuTarget) -> Tile:
-    """The hand-picked tile."""
+def default_tile(problem: Problem, pass_name: str, level: CpuTarget | GpuTarget, length: int | None = None) -> Tile:
+    """The hand-picked tile; on GPUs for segments of about ``length`` tokens, for long ones where it is None."""
     if isinstance(level, GpuTarget):
-        return gpu.tile_for(problem, pass_name, level)
+        return gpu.tile_for(problem, pass_name, level, length)
     return cpu.tile_for(problem, level)
 
 
@@ -72,8 +72,8 @@ def tile_from_dict(fields: dict[str, Any], target: CpuTarget | GpuTarget) -> Til
     if unknown := sorted(set(fields) - set(known)):
         raise ValueError(f"a tile has no field {', '.join(unknown)}; known: {', '.join(known)}")
     for name, value in fields.items():
-        if known[name].type == "int" and (type(value) is not int or not 1 <= value < 2**31):
-            raise ValueError(f"{name} of a tile must be a positive integer, got {value!r}")
+        if known[name].type == "int" and (type(value) is not int or not 0 <= value < 2**31):
+            raise ValueError(f"{name} of a tile must be an integer and not negative, got {value!r}")
     try:
         return kind(**fields)
     except TypeError as error:
@@ -97,8 +97,8 @@ def choose(
         TargetError: the target is unknown.
     """
     level = resolve_any(target)
-    default = default_tile(problem, pass_name, level)
     asked = os.environ.get(VARIABLE) or "tuned"
+    default = default_tile(problem, pass_name, level, None if asked == "default" else length)
     if asked == "default":
         return Choice(default, "default", f"{VARIABLE}=default asks for the hand-picked tile")
     if asked != "tuned":

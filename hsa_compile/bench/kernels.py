@@ -144,11 +144,12 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         out.add_column(name, justify="right")
     for row in rows:
         heads = f"{row['Hq']}/{row['Hkv']}" if "Hq" in row else str(row["Hr"])
-        share = row["tflops"] / row["ceiling_tflops"]
+        rate, share = f"{scale * row['tflops']:.{digits}f}", f"{row['tflops'] / row['ceiling_tflops']:.0%}"
+        if "tbs" in row:  # decoding moves bytes
+            rate, share = f"{row['tbs']:.2f} TB/s", f"{row['tbs'] / row['copy_tbs']:.0%} of copy"
         out.add_row(
             row["op"], f"{row['B']}, {row['L']}", heads, str(row.get("D", row.get("Dr"))), str(row["K"]),
-            row.get("selection", ""), row["pass"], row["impl"], f"{row['ms']:.3g}",
-            f"{scale * row['tflops']:.{digits}f}", f"{share:.0%}",
+            row.get("selection", ""), row["pass"], row["impl"], f"{row['ms']:.3g}", rate, share,
         )  # fmt: skip
     return out
 

@@ -55,14 +55,20 @@ def bench_kernels(
     and a composition of PyTorch's variable-length attention, where they are installed.
     """
     with friendly():
+        from functools import partial
+
         from hsa_compile.bench import gpu_kernels, kernels
+        from hsa_compile.bench.record import write_suite
 
         if target not in ("cpu:native", "cuda"):
             fail(f"kernels are measured on cpu:native or cuda, not on {target}")
-        bench: Any = gpu_kernels if target == "cuda" else kernels
-        shapes = bench.default_shapes(lengths) if lengths else bench.default_shapes()
         with spinner("measuring") as say:
-            rows = bench.run(shapes, seed, say)
+            if target == "cuda":
+                path = output / "kernels.jsonl"
+                rows = gpu_kernels.run(gpu_kernels.default_shapes(lengths or ()), seed, say, partial(write_suite, path))
+            else:
+                shapes = kernels.default_shapes(lengths) if lengths else kernels.default_shapes()
+                rows = kernels.run(shapes, seed, say)
         _save(kernels, rows, output, "kernels")
 
 

@@ -90,6 +90,9 @@ class Program:
     stages: tuple[Stage, ...]
 
 
+FORMS = ("rows", "warps", "token")
+
+
 @dataclass(frozen=True)
 class GpuTile:
     """Sizes that a schedule chooses for a GPU.
@@ -102,9 +105,11 @@ class GpuTile:
         slots: slots of one token that a thread block takes where tokens are few.
         memory_stages: as ``stages``, of the pass that goes chunk by chunk.
         memory_blocks: as ``blocks``, of that pass.
-        bound: tiles of landmarks, the newest, that a selection scores twice: first for a bound of the K-th best score.
-        split: blocks that a selection divides the landmarks among, for few queries; 0 for one block a tile of queries.
+        bound: tiles of landmarks that a selection scores twice: first for a bound of the K-th best score.
+        split: blocks that share a selection's landmarks where tiles of queries are fewer; 0 for a block a tile always.
         wgmma: use the matrix instructions and bulk copies of sm_90a instead of those of sm_80.
+        form: of the forward of chunk attention: "rows" where all rows of a tile meet its chunks, "warps" where every
+            16 rows meet their own, "token" for few tokens, one a thread block.
     """
 
     tokens: int = 8
@@ -117,6 +122,7 @@ class GpuTile:
     bound: int = 1
     split: int = 0
     wgmma: bool = True
+    form: str = "rows"
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -125,6 +131,8 @@ class GpuTile:
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
 
 
 @dataclass(frozen=True)
