@@ -103,7 +103,7 @@ CHECKS = {
     [
         (PLAIN, "forward", "sm_90a", None),
         (PLAIN, "backward", "sm_90a", None),
-        (SELECT, "forward", "sm_90a", None),
+        (SELECT, "forward", "sm_90a", 1),
         (PLAIN, "forward", "sm_80", 1),
         *(
             pytest.param(problem, pass_name, arch, length, marks=slow)
@@ -119,6 +119,7 @@ CHECKS = {
                 (ChunkAttention(16, 16, 64, 64, 16, **BF16), "backward", "sm_90a", None),
                 (ChunkAttention(4, 1, 64, 256, 2, **BF16), "backward", "sm_90a", None),
                 (SELECT, "backward", "sm_90a", None),
+                (SELECT, "forward", "sm_90a", None),
                 (SELECT, "forward", "sm_80", 1),
                 (SHARED, "forward", "sm_90a", None),
                 (SHARED, "backward", "sm_80", None),

@@ -100,7 +100,7 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
         q: T.Tensor((ROWS, G, D), dtype), k: T.Tensor((B, KEYS, Hkv, D), dtype),
         v: T.Tensor((B, KEYS, Hkv, D), dtype), grad_o: T.Tensor((ROWS, G, D), dtype),
         items: T.Tensor((B, Hkv, ROW_ITEMS, 4), "int32"), order: T.Tensor((B, Hkv, ROW_ITEMS), "int32"),
-        place_pair: T.Tensor((PLACES, 2), "int32"),
+        place_row: T.Tensor((PLACES,), "int32"),
         lse: T.Tensor((BLOCKS, W), "float32"), delta: T.Tensor((BLOCKS, W), "float32"),
         partials: T.Tensor((B, Hkv, ROW_ITEMS, PIECES, 2, 64, D), "float32"),
         d_k: T.Tensor((B, C, S, Hkv, D), dtype), d_v: T.Tensor((B, C, S, Hkv, D), dtype),
@@ -145,7 +145,7 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
                 negative = 0
                 for i in T.serial((P + NT - 1) // NT):
                     if i * NT + tx < count * tokens:
-                        row = place_pair[first + i * NT + tx, 0]
+                        row = place_row[first + i * NT + tx]
                         signs[i * NT + tx] = row
                         rows[i * NT + tx] = T.if_then_else(row < 0, -1 - row, row)
                         negative = negative | T.if_then_else(row < 0, 1, 0)

@@ -48,7 +48,7 @@ def locate_pairs(pairs: Pairs) -> Any:
     M, tokens, G = tile_rows(pairs), pairs.tokens, pairs.problem.groups
 
     @T.macro
-    def locate(entries, place_pair, b, h, n, i, place, weight):
+    def locate(entries, place_weight, b, h, n, i, place, weight):
         first = entries[b, h, n, i, 1]
         low = entries[b, h, n, i, 2]
         high = entries[b, h, n, i, 3]
@@ -58,7 +58,7 @@ def locate_pairs(pairs: Pairs) -> Any:
             if r < tokens * G:
                 if masked(low, high, r // G, tokens) == 1:
                     place[r] = first + masked_before(low, high, r // G, tokens)
-                    weight[r] = T.reinterpret(place_pair[place[r], 1], "float32")
+                    weight[r] = place_weight[place[r]]
 
     return locate
 
@@ -152,7 +152,7 @@ def query_pass(pairs: Pairs, tile: GpuTile) -> Any:
         q: T.Tensor((B, L, Hq, D), dtype), k: T.Tensor((B, KEYS, Hkv, D), dtype),
         v: T.Tensor((B, KEYS, Hkv, D), dtype), grad_o: T.Tensor((B, L, Hq, D), dtype),
         entries: T.Tensor((B, Hkv, TILES, N, 4), "int32"), entry_count: T.Tensor((B, Hkv, TILES), "int32"),
-        place_pair: T.Tensor((PLACES, 2), "int32"), lse: T.Tensor((PLACES, G), "float32"),
+        place_weight: T.Tensor((PLACES,), "float32"), lse: T.Tensor((PLACES, G), "float32"),
         delta: T.Tensor((PLACES, G), "float32"), d_q: T.Tensor((B, L, Hq, D), dtype),
     ):  # fmt: skip
         with T.Kernel(TILES, Hkv, B, threads=NT) as (n, h, b):
@@ -202,7 +202,7 @@ def query_pass(pairs: Pairs, tile: GpuTile) -> Any:
             present = 1
             T.sync_threads()
             for i in T.serial(count):
-                locate(entries, place_pair, b, h, n, i, place, weight)
+                locate(entries, place_weight, b, h, n, i, place, weight)
                 chosen = (entries[b, h, n, i, 2] & low_tokens) | (entries[b, h, n, i, 3] & high_tokens)
                 if tile.wgmma and M > 64:
                     present = (entries[b, h, n, i, 2] & low_present) | (entries[b, h, n, i, 3] & high_present)

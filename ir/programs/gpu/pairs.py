@@ -20,7 +20,7 @@ from hsa_compile.ir.programs import GpuTile, Launch, Region
 
 THREADS = 256
 SCAN_THREADS = 1024
-WARP_PAIRS = 32  # of a tile whose union a warp finds
+WARP_PAIRS = 128  # of a tile whose union a warp finds
 WINDOW = 65536  # chunks that one bitmap in shared memory covers
 SEGMENT_TOKENS = 128  # the least tokens of a segment; more where all segments' counts would outgrow the pairs
 WHOLE = {"tl.disable_thread_storage_sync": True, "tl.disable_safe_memory_legalize": True}
@@ -72,7 +72,8 @@ class Pairs:
             Region("broken", "int32", f"B * {Hkv} * C"),
             Region("items", "int32", f"{self.items} * 4"),
             Region("order", "int32", self.items),
-            Region("place_pair", "int32", f"{self.places} * 2"),
+            Region("place_row", "int32", self.places),
+            Region("place_weight", "float32", self.places),
         )
 
     def launch(self, function: Any, *arguments: str, **more: str) -> Launch:
@@ -160,10 +161,10 @@ def unite(pairs: Pairs) -> Any:
 
 
 def unite_in_warps(pairs: Pairs) -> Any:
-    """A warp a tile, a lane a pair: lanes with the same chunk find one another, and the first of each are numbered."""
+    """A warp a tile: every pair looks for the first one with its chunk, and those first ones are numbered."""
     Hkv, K, tokens, N = pairs.problem.kv_heads, pairs.problem.top_k, pairs.tokens, pairs.slots
     B, L, C, TILES = symbols("B", "L", "C", "TILES")
-    W = 4
+    EACH, W = -(-N // 32), 4
 
     @T.prim_func
     def unite(
@@ -172,40 +173,63 @@ def unite_in_warps(pairs: Pairs) -> Any:
         chunk_pairs: T.Tensor((B, Hkv, C), "int32"),
     ):  # fmt: skip
         with T.Kernel((TILES + W - 1) // W, Hkv, B, threads=32 * W) as (block, h, b):
+            chunks = T.alloc_shared((W, 32 * EACH), "int32")
+            number = T.alloc_shared((W, 32 * EACH), "int32")
+            mine = T.alloc_local((EACH,), "int32")
+            leader = T.alloc_local((EACH,), "int32")  # the first pair with the same chunk
+            masks = T.alloc_local((2, EACH), "int32")
+            others = T.alloc_local((4,), "int32")
             n = T.alloc_var("int32")
             t = T.alloc_var("int32")
-            chunk = T.alloc_var("int32")
-            peers = T.alloc_var("int32")
-            first = T.alloc_var("int32")
+            pair = T.alloc_var("int32")
+            found = T.alloc_var("int32")
             votes = T.alloc_var("int32")
-            e = T.alloc_var("int32")
-            mask = T.alloc_var("int32")
             tx = T.get_thread_binding()
-            lane = tx % 32
-            n = block * W + tx // 32
+            warp, lane = tx // 32, tx % 32
+            n = block * W + warp
             if n < TILES:
-                t = n * tokens + lane // K
-                chunk = -1
-                if lane < N and t < L:
-                    chunk = indices[b, t, h, lane % K]
-                if chunk >= C:
-                    chunk = -1
-                peers = T.call_extern("int32", "__match_any_sync", -1, chunk)
-                first = T.call_extern("int32", "__ffs", peers) - 1
-                votes = ballot(chunk >= 0 and first == lane)
-                e = ones(votes & (T.shift_left(1, first) - 1))
-                if chunk >= 0:
-                    place_of[b, t, h, lane % K] = e
-                    if first == lane:
-                        mask = 0
-                        for i in T.unroll(tokens):
-                            if T.bitwise_and(T.shift_right(peers, i * K), (1 << K) - 1 if K < 32 else -1) != 0:
-                                mask = mask | T.shift_left(1, i)
-                        entries[b, h, n, e, 0] = chunk
-                        entries[b, h, n, e, 2] = mask
-                        entries[b, h, n, e, 3] = 0
+                for j in T.unroll(EACH):
+                    pair = j * 32 + lane
+                    t = n * tokens + pair // K
+                    mine[j] = -1
+                    if pair < N and t < L:
+                        mine[j] = indices[b, t, h, pair % K]
+                    if mine[j] >= C:
+                        mine[j] = -1
+                    chunks[warp, pair] = mine[j]
+                    leader[j] = N
+                    masks[0, j] = 0
+                    masks[1, j] = 0
+                T.sync_warp()
+                for i in T.unroll((N + 3) // 4):
+                    for u in T.vectorized(4):
+                        others[u] = chunks[warp, i * 4 + u]
+                    for u in T.unroll(4):
+                        for j in T.unroll(EACH):
+                            if others[u] == mine[j]:
+                                leader[j] = T.min(leader[j], i * 4 + u)
+                                if (i * 4 + u) // K < 32:
+                                    masks[0, j] = masks[0, j] | T.shift_left(1, (i * 4 + u) // K % 32)
+                                else:
+                                    masks[1, j] = masks[1, j] | T.shift_left(1, (i * 4 + u) // K % 32)
+                found = 0
+                for j in T.unroll(EACH):
+                    pair = j * 32 + lane
+                    votes = ballot(mine[j] >= 0 and leader[j] == pair)
+                    if mine[j] >= 0 and leader[j] == pair:
+                        t = found + ones(votes & (T.shift_left(1, lane) - 1))
+                        number[warp, pair] = t
+                        entries[b, h, n, t, 0] = mine[j]
+                        entries[b, h, n, t, 2] = masks[0, j]
+                        entries[b, h, n, t, 3] = masks[1, j]
+                    found = found + ones(votes)
                 if lane == 0:
-                    entry_count[b, h, n] = ones(votes)
+                    entry_count[b, h, n] = found
+                T.sync_warp()
+                for j in T.unroll(EACH):
+                    pair = j * 32 + lane
+                    if mine[j] >= 0:
+                        place_of[b, n * tokens + pair // K, h, pair % K] = number[warp, leader[j]]
                 if tx == 0 and L < 0:  # a mention of the buffer whose extent is needed
                     chunk_pairs[b, h, 0] = 0
 

@@ -74,7 +74,7 @@ def sum_chunks(pairs: Pairs) -> Any:
     def sum_chunks(
         chunk_pairs: T.Tensor((B, Hkv, C), "int32"), chunk_place: T.Tensor((B, Hkv, C), "int32"),
         chunk_item: T.Tensor((B, Hkv, C), "int32"), items: T.Tensor((B, Hkv, ROW_ITEMS, 4), "int32"),
-        place_pair: T.Tensor((B, Hkv, ROW_PLACES, 2), "int32"),
+        place_row: T.Tensor((B, Hkv, ROW_PLACES), "int32"),
     ):  # fmt: skip
         with T.Kernel(Hkv, B, threads=NT) as (h, b):
             warp_sums = T.alloc_shared((32,), "int32")
@@ -105,7 +105,7 @@ def sum_chunks(pairs: Pairs) -> Any:
                 if i * NT + tx >= y[1] and i * NT + tx < ROW_ITEMS:
                     items[b, h, i * NT + tx, 2] = 0
             if tx == 0 and ROW_PLACES < 0:  # a mention of the buffer whose extent is needed
-                place_pair[b, h, 0, 0] = 0
+                place_row[b, h, 0] = 0
 
     return sum_chunks
 
@@ -122,7 +122,7 @@ def place_entries(pairs: Pairs) -> Any:
     entries are sent past the last chunk, where loads give zero.
 
     Writes ``entries[1]``, ``items`` (chunk, first place, pairs, whether it is the chunk's only one) and, for padding,
-    a row of ``place_pair`` one past the last, and the log-sum-exps and deltas that add nothing.
+    ``place_row`` one past the last row, and the log-sum-exps and deltas that add nothing.
     """
     Hkv, G = pairs.problem.kv_heads, pairs.problem.groups
     N, P, n_block = pairs.slots, pairs.item_pairs, pairs.block_tokens
@@ -176,14 +176,10 @@ def place_entries(pairs: Pairs) -> Any:
                         p = next_place[c]
                         next_place[c] = p + found[1, u]
                         found[1, u] = p
-            if N > 32:
-                T.sync_threads()
-            else:
-                T.sync_warp()
-        T.sync_threads()
+            T.sync_threads()
 
     @T.macro
-    def cut_chunks(chunk_pairs, chunk_place, chunk_item, items, place_pair, lse, delta, b, h, s, tx):
+    def cut_chunks(chunk_pairs, chunk_place, chunk_item, items, place_row, lse, delta, b, h, s, tx):
         c = T.alloc_var("int32")
         n = T.alloc_var("int32")
         first = T.alloc_var("int32")
@@ -207,7 +203,7 @@ def place_entries(pairs: Pairs) -> Any:
                 for j in T.serial(T.truncdiv((end - n) * G, 32) + 1):
                     i = n + T.truncdiv(j * 32 + tx % 32, G)
                     if i < end:
-                        place_pair[first + i, 0] = B * L * Hkv
+                        place_row[first + i] = B * L * Hkv
                         lse[first + i, T.truncmod(j * 32 + tx % 32, G)] = T.infinity("float32")
                         delta[first + i, T.truncmod(j * 32 + tx % 32, G)] = 0
 
@@ -217,7 +213,7 @@ def place_entries(pairs: Pairs) -> Any:
         counts: T.Tensor((B, Hkv, SEGMENTS, C), "int32"), chunk_pairs: T.Tensor((B, Hkv, C), "int32"),
         chunk_place: T.Tensor((B, Hkv, C), "int32"), chunk_item: T.Tensor((B, Hkv, C), "int32"),
         broken: T.Tensor((B, Hkv, C), "int32"), indices: T.Tensor((B, L, Hkv, pairs.problem.top_k), "int32"),
-        place_pair: T.Tensor((PLACES, 2), "int32"), items: T.Tensor((ITEMS, 4), "int32"),
+        place_row: T.Tensor((PLACES,), "int32"), items: T.Tensor((ITEMS, 4), "int32"),
         lse: T.Tensor((PLACES, G), "float32"), delta: T.Tensor((PLACES, G), "float32"),
     ):  # fmt: skip
         with T.Kernel(SEGMENTS, Hkv, B, threads=THREADS) as (s, h, b):
@@ -246,9 +242,9 @@ def place_entries(pairs: Pairs) -> Any:
                     write(entries, found, broken, C, b, h, first + i * BATCH, low, tx)
                     T.sync_threads()
                 low = high
-            cut_chunks(chunk_pairs, chunk_place, chunk_item, items, place_pair, lse, delta, b, h, s, tx)
+            cut_chunks(chunk_pairs, chunk_place, chunk_item, items, place_row, lse, delta, b, h, s, tx)
             if tx == 0 and L < 0:  # a mention of the buffer whose extent is needed
-                place_pair[0, 0] = indices[0, 0, 0, 0]
+                place_row[0] = indices[0, 0, 0, 0]
 
     return place_entries
 
@@ -257,8 +253,8 @@ def place_pairs(pairs: Pairs) -> Any:
     """A thread a pair: its place, from its entry's.
 
     The pairs of a broken chunk get a NaN for a weight, so that gradients of what selected it, and its own, are NaN and
-    no others. Writes ``place_of`` (-1 in empty slots, whose ``d_weights`` become 0), ``place_pair``: the row of q,
-    complemented where the weight is negative, and the bits of the weight, for one request of memory to write both.
+    no others. Writes ``place_of`` (-1 in empty slots, whose ``d_weights`` become 0), ``place_row`` (the row of q,
+    complemented where the weight is negative) and ``place_weight``.
     """
     Hkv, K, tokens, N = pairs.problem.kv_heads, pairs.problem.top_k, pairs.tokens, pairs.slots
     B, L, C, TILES, PLACES = symbols("B", "L", "C", "TILES", "PLACES")
@@ -267,8 +263,8 @@ def place_pairs(pairs: Pairs) -> Any:
     def place_pairs(
         indices: T.Tensor((B, L, Hkv, K), "int32"), weights: T.Tensor((B, L, Hkv, K), "float32"),
         entries: T.Tensor((B, Hkv, TILES, N, 4), "int32"), broken: T.Tensor((B, Hkv, C), "int32"),
-        place_of: T.Tensor((B, L, Hkv, K), "int32"), place_pair: T.Tensor((PLACES, 2), "int32"),
-        d_weights: T.Tensor((B, L, Hkv, K), "float32"),
+        place_of: T.Tensor((B, L, Hkv, K), "int32"), place_row: T.Tensor((PLACES,), "int32"),
+        place_weight: T.Tensor((PLACES,), "float32"), d_weights: T.Tensor((B, L, Hkv, K), "float32"),
     ):  # fmt: skip
         with T.Kernel((L * K + THREADS - 1) // THREADS, Hkv, B, threads=THREADS) as (i, h, b):
             t = T.alloc_var("int32")
@@ -281,7 +277,6 @@ def place_pairs(pairs: Pairs) -> Any:
             leads = T.alloc_var("int32")
             row = T.alloc_var("int32")
             w = T.alloc_var("float32")
-            pair = T.alloc_local((2,), "int32")
             t = (i * THREADS + T.get_thread_binding()) // K
             slot = (i * THREADS + T.get_thread_binding()) % K
             if t < L:
@@ -308,10 +303,8 @@ def place_pairs(pairs: Pairs) -> Any:
                     place_of[b, t, h, slot] = T.if_then_else(bad != 0, -1, p)
                     if leads == 1:
                         row = (b * L + t) * Hkv + h
-                        pair[0] = T.if_then_else(w < 0, -1 - row, row)
-                        pair[1] = T.reinterpret(w, "int32")
-                        for u in T.vectorized(2):
-                            place_pair[p, u] = pair[u]
+                        place_row[p] = T.if_then_else(w < 0, -1 - row, row)
+                        place_weight[p] = w
 
     return place_pairs
 
@@ -322,60 +315,49 @@ def arrange_items(pairs: Pairs) -> Any:
 
     Items are counted and put by atomics, in any order within 1024 ranges of tokens: it changes no result.
     """
-    Hkv, NT, AHEAD = pairs.problem.kv_heads, SCAN_THREADS, 4
+    Hkv, NT = pairs.problem.kv_heads, SCAN_THREADS
     B, L, ROW_ITEMS, PLACES = symbols("B", "L", "ROW_ITEMS", "PLACES")
 
     @T.macro
-    def find_ranges(items, place_pair, b, L, h, ROW_ITEMS, first, width, ranges):
-        """The ranges of the first tokens of items ``first``, ``first + NT`` and so on: the last one for an empty item,
-        -1 beyond the last item. Their loads run side by side."""
-        i = T.alloc_var("int32")
-        for j in T.unroll(AHEAD):
-            i = T.min(first + j * NT, ROW_ITEMS - 1)
-            ranges[j] = -1
-            if items[b, h, i, 2] > 0:
-                ranges[j] = items[b, h, i, 1]
-        for j in T.unroll(AHEAD):
-            if ranges[j] >= 0:
-                ranges[j] = place_pair[ranges[j], 0]
-                ranges[j] = T.if_then_else(ranges[j] < 0, -1 - ranges[j], ranges[j])
-                ranges[j] = T.truncdiv(T.truncdiv(ranges[j], Hkv) - b * L, width)
-            else:
-                ranges[j] = NT - 1
-            if first + j * NT >= ROW_ITEMS:
-                ranges[j] = -1
+    def find_range(items, place_row, b, L, h, i, width, x):
+        """x[0] = the range of item i's first token, the last one for an empty item."""
+        x[0] = NT - 1
+        if items[b, h, i, 2] > 0:
+            x[0] = place_row[items[b, h, i, 1]]
+            x[0] = T.if_then_else(x[0] < 0, -1 - x[0], x[0])
+            x[0] = T.truncdiv(T.truncdiv(x[0], Hkv) - b * L, width)
 
     @T.prim_func
     def arrange_items(
-        items: T.Tensor((B, Hkv, ROW_ITEMS, 4), "int32"), place_pair: T.Tensor((PLACES, 2), "int32"),
+        items: T.Tensor((B, Hkv, ROW_ITEMS, 4), "int32"), place_row: T.Tensor((PLACES,), "int32"),
         indices: T.Tensor((B, L, Hkv, pairs.problem.top_k), "int32"), order: T.Tensor((B, Hkv, ROW_ITEMS), "int32"),
     ):  # fmt: skip
         with T.Kernel(Hkv, B, threads=NT) as (h, b):
             begin = T.alloc_shared((NT,), "int32")
             warp_sums = T.alloc_shared((32,), "int32")
             x = T.alloc_local((2,), "int32")
-            ranges = T.alloc_local((AHEAD,), "int32")
+            i = T.alloc_var("int32")
             r = T.alloc_var("int32")
             width = T.alloc_var("int32")
             tx = T.get_thread_binding()
             width = T.truncdiv(L, NT) + 1
             begin[tx] = 0
             T.sync_threads()
-            for i in T.serial(T.truncdiv(ROW_ITEMS + NT * AHEAD - 1, NT * AHEAD)):
-                find_ranges(items, place_pair, b, L, h, ROW_ITEMS, i * NT * AHEAD + tx, width, ranges)
-                for j in T.unroll(AHEAD):
-                    if ranges[j] >= 0:
-                        r = add_to(begin[ranges[j]], 1)
+            for j in T.serial(T.truncdiv(ROW_ITEMS + NT - 1, NT)):
+                i = j * NT + tx
+                if i < ROW_ITEMS:
+                    find_range(items, place_row, b, L, h, i, width, x)
+                    r = add_to(begin[x[0]], 1)
             T.sync_threads()
             x[0] = begin[tx]
             scan(x, warp_sums, tx, NT)
             begin[tx] = x[0]
             T.sync_threads()
-            for i in T.serial(T.truncdiv(ROW_ITEMS + NT * AHEAD - 1, NT * AHEAD)):
-                find_ranges(items, place_pair, b, L, h, ROW_ITEMS, i * NT * AHEAD + tx, width, ranges)
-                for j in T.unroll(AHEAD):
-                    if ranges[j] >= 0:
-                        r = add_to(begin[ranges[j]], 1)
+            for j in T.serial(T.truncdiv(ROW_ITEMS + NT - 1, NT)):
+                i = j * NT + tx
+                if i < ROW_ITEMS:
+                    find_range(items, place_row, b, L, h, i, width, x)
+                    r = add_to(begin[x[0]], 1)
                     order[b, h, r] = i
             if tx == 0 and ROW_ITEMS < 0:  # a mention of the buffer whose extent is needed
                 order[b, h, 0] = indices[b, 0, h, 0]
@@ -390,13 +372,14 @@ def grouping_launches(pairs: Pairs) -> tuple[Launch, ...]:
         pairs.launch(unite(pairs), "indices", "entries", "entry_count", "place_of", "chunk_pairs"),
         pairs.launch(count(pairs), "k", "broken", "entries", "entry_count", "counts"),
         pairs.launch(sum_segments(pairs), "counts", "chunk_pairs"),
-        pairs.launch(sum_chunks(pairs), "chunk_pairs", "chunk_place", "chunk_item", "items", "place_pair"),
+        pairs.launch(sum_chunks(pairs), "chunk_pairs", "chunk_place", "chunk_item", "items", "place_row"),
         pairs.launch(
             place_entries(pairs), "entries", "entry_count", "counts", "chunk_pairs", "chunk_place", "chunk_item",
-            "broken", "indices", "place_pair", "items", "lse", "delta", **more,
+            "broken", "indices", "place_row", "items", "lse", "delta", **more,
         ),
         pairs.launch(
-            place_pairs(pairs), "indices", "weights", "entries", "broken", "place_of", "place_pair", "d_weights", **more,
+            place_pairs(pairs), "indices", "weights", "entries", "broken", "place_of", "place_row", "place_weight",
+            "d_weights", **more,
         ),
-        pairs.launch(arrange_items(pairs), "items", "place_pair", "indices", "order", **more),
+        pairs.launch(arrange_items(pairs), "items", "place_row", "indices", "order", **more),
     )  # fmt: skip

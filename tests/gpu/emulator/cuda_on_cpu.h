@@ -172,6 +172,7 @@ template <class T> T __shfl_sync(unsigned, T x, int from, int = 32) {
 template <class T> T __shfl_up_sync(unsigned, T x, int by, int = 32) {
   return shuffle(x, emulator.current - (lane() >= by ? by : 0));
 }
+template <class T> T __shfl_xor_sync(unsigned, T x, int by, int = 32) { return shuffle(x, emulator.current ^ by); }
 inline int any_of(int mask, int x) {
   auto& all = emulator.meet(mask, &x, 4);
   int found = 0;
