@@ -6,7 +6,7 @@
     recipe, train, optimizer              learning: what is to be done, and the loop that does it
     data, shards, stream                  texts, tokens, and the batches drawn from them
     resume, parallel, metrics             states to go on from, several processes, what is measured
-    evaluate                              what was learnt
+    evaluate, diagnose                    what was learnt, and how well it selects
     prefill, generate, checkpoint         prompts, text, and files
     tokenizer                             bytes as tokens; needs no PyTorch
     huggingface                           all of it behind the interface of Hugging Face transformers

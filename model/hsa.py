@@ -100,12 +100,21 @@ class HsaLayer(MemoryReader):
         if config.rank_decay:
             self.rank_decay = nn.Parameter(torch.zeros(1))
 
+    def retrieval_queries(self, x_BLd: Tensor) -> Tensor:
+        """What the normed stream is scored against landmarks with, [B, L, Hr, Dr]."""
+        c = self.config
+        return self.retrieval_norm(self.to_retrieval(x_BLd).unflatten(-1, (c.retrieval_heads, c.retrieval_dim)))
+
+    def queries(self, x_BLd: Tensor) -> Tensor:
+        """What the normed stream attends inside chunks with, [B, L, Hq, D]."""
+        return self.q_norm(self.to_q(x_BLd).unflatten(-1, (self.config.hsa_heads, self.config.hsa_head_dim)))
+
     def select(
         self, x_BLd: Tensor, memory: Memory, position_B: Tensor, chunks_B: Tensor, top_k: int
     ) -> tuple[Tensor, Tensor]:
         """Indices and scores, [B, L, Hkv, top_k] each, of the chunks that the normed stream selects."""
         c = self.config
-        q_r = self.retrieval_norm(self.to_retrieval(x_BLd).unflatten(-1, (c.retrieval_heads, c.retrieval_dim)))
+        q_r = self.retrieval_queries(x_BLd)
         leave = c.window if c.leave_window else 0
         sizes = (c.hsa_kv_heads, c.chunk_size, top_k, leave)
         if self.training and c.selection_noise:
@@ -124,8 +133,7 @@ class HsaLayer(MemoryReader):
         c = self.config
         indices, scores = self.select(x_BLd, memory, position_B, chunks_B, self.top_k)
         weights = self.weigh(indices, scores)
-        q = self.q_norm(self.to_q(x_BLd).unflatten(-1, (c.hsa_heads, c.hsa_head_dim)))
         few = self.dense_escape and 0 < memory.k.shape[1] <= self.top_k * c.chunk_size
         attend = dense_chunk_attention if few else chunk_attention
-        o = attend(q, memory.k, memory.v, indices, weights, c.chunk_size, c.off_by_one)
+        o = attend(self.queries(x_BLd), memory.k, memory.v, indices, weights, c.chunk_size, c.off_by_one)
         return self.out(o.flatten(2))

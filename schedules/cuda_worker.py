@@ -88,7 +88,7 @@ def _units(program: GpuProgram, kernels: list[Lowered]) -> Iterator[Unit]:
     together: dict[tuple[str, ...], dict[str, tuple[str, str]]] = {}
     for launch, kernel in zip(program.launches, kernels):
         # TileLang leaves it to nvcc to make exponentials single instructions where the program allows it.
-        flags = ("-use_fast_math",) if launch.options.get("tl.enable_fast_math") else ()
+        flags: tuple[str, ...] = ("-use_fast_math",) if launch.options.get("tl.enable_fast_math") else ()
         source = launcher_source(launch, kernel)
         if "/instruction/" in kernel.source:
             yield Unit(launch.symbol, source, flags, {launch.symbol: kernel.symbol})

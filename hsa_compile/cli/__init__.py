@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 
 from hsa_compile.cli.benchmarks import bench_app
 from hsa_compile.cli.deployment import build, export, run, validate
+from hsa_compile.cli.inspection import diagnose
 from hsa_compile.cli.overview import demo, doctor
 from hsa_compile.cli.training import tokenize, train
 from hsa_compile.cli.tuning import explain, records_app, tune
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-for command in (train, tokenize, build, export, run, validate, tune, explain, doctor, demo):
+for command in (train, tokenize, build, export, run, validate, diagnose, tune, explain, doctor, demo):
     app.command()(command)
 app.add_typer(records_app, name="records")
 app.add_typer(bench_app, name="bench")
