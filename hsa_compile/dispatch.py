@@ -22,6 +22,7 @@ from hsa_compile.schedules import BuildError, build
 
 log = logging.getLogger("hsa_compile")
 
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Backend = Literal["auto", "compiled", "eager", "reference"]
 _backend: Backend | None = None
 
@@ -77,8 +78,8 @@ def _kernel(problem: Problem, pass_name: str, q: Tensor, slots: int) -> Kernel |
     if backend == "eager":
         return None
     found: Kernel | str
-    if q.device.type != "cpu" or q.dtype != torch.float32:
-        found = f"kernels are built for float32 on CPU, not {q.dtype} on {q.device.type}"
+    if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
+        found = f"kernels run float32, float16 and bfloat16 on a CPU, not {q.dtype} on {q.device.type}"
     elif slots >= 2**31:
         found = f"L*K = {slots} does not fit 32 bits"
     else:
@@ -121,10 +122,10 @@ def select_backward(
     kernel = _kernel(problem, "backward", q_r, L * problem.top_k)
     if kernel is None:
         return eager.select_backward(grad_scores, q_r, landmark, indices)
-    outputs = (torch.empty(q_r.shape), torch.empty(landmark.shape))
+    outputs = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q_r, landmark))
     inputs = (grad_scores, q_r, landmark, indices)
     kernel((*(x.contiguous() for x in inputs), *outputs), B, L, landmark.shape[1])
-    return outputs
+    return outputs  # type: ignore[return-value]
 
 
 def attention(problem: ChunkAttention, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -135,7 +136,7 @@ def attention(problem: ChunkAttention, q: Tensor, k: Tensor, v: Tensor, indices:
     kernel = _kernel(problem, "forward", q, L * problem.top_k)
     if kernel is None:
         return eager.attention(q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
-    o = torch.empty(q.shape)
+    o = torch.empty(q.shape, dtype=q.dtype)
     inputs = (q, k, v, indices, weights)
     kernel((*(x.contiguous() for x in inputs), o), B, L, k.shape[1] // problem.chunk_size)
     return o
@@ -152,7 +153,7 @@ def attention_backward(
     kernel = _kernel(problem, "backward", q, L * problem.top_k)
     if kernel is None:
         return eager.attention_backward(grad_o, q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
-    outputs = tuple(torch.empty(x.shape) for x in (q, k, v, weights))
+    outputs = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v, weights))
     inputs = (grad_o, q, k, v, indices, weights)
     kernel((*(x.contiguous() for x in inputs), *outputs), B, L, k.shape[1] // problem.chunk_size)
     return outputs  # type: ignore[return-value]

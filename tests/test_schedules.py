@@ -118,8 +118,6 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_what_cannot_be_built_is_refused() -> None:
-    with pytest.raises(BuildError, match="CPU kernels are float32; float16 runs on the eager path"):
-        build(ChunkAttention(1, 1, 8, 4, 2, dtype="float16"))
     with pytest.raises(ValueError, match="pass must be one of"):
         build(PROBLEM, "sideways")
     with pytest.raises(TargetError, match="unknown target 'gpu:h100'; known: cpu:native, cpu:x86-64-v4"):
@@ -147,20 +145,41 @@ def test_tiles_fit_their_register_files() -> None:
 
 @pytest.mark.needs_compiler
 @pytest.mark.skipif(bool(missing_features(resolve("cpu:x86-64-v3"))), reason="the machine lacks AVX2")
-def test_other_levels_compute_the_same() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_other_levels_compute_the_same(dtype: str) -> None:
     import torch
 
     from hsa_compile.native import Kernel
     from kit import assert_as_good_as, attention_inputs
 
-    problem = ChunkAttention(4, 2, 24, 12, 3)
-    inputs = attention_inputs(problem, 1, 40, 5)
+    problem = ChunkAttention(4, 2, 24, 12, 3, dtype=dtype)  # type: ignore[arg-type]
+    *tensors, indices, weights = attention_inputs(problem, 1, 40, 5)
+    inputs = (*(x.to(getattr(torch, dtype)) for x in tensors), indices, weights)
     outputs = []
     for name in ("cpu:native", "cpu:x86-64-v3"):
-        out = torch.full(inputs[0].shape, torch.nan)
+        out = torch.full_like(inputs[0], torch.nan)
         Kernel(build(problem, target=name))((*inputs, out), 1, 40, 5)
         outputs.append(out)
-    assert_as_good_as(outputs[1], outputs[0], outputs[0])
+    # Rounded to as many bits as are stored, and with sums in another order.
+    floor = 2e-6 if dtype == "float32" else torch.finfo(outputs[0].dtype).eps
+    assert_as_good_as(outputs[1], outputs[0], outputs[0], floor)
+
+
+@pytest.mark.needs_compiler
+def test_every_level_lowers_every_dtype() -> None:
+    code = """
+from hsa_compile.ir import ChunkAttention, ChunkSelect
+from hsa_compile.schedules.cpu import tile_for
+from hsa_compile.schedules.cpu_worker import lower, program_for
+from hsa_compile.schedules.target import CPU_TARGETS
+for target in CPU_TARGETS:
+    for dtype in ("float32", "float16", "bfloat16"):
+        for problem in (ChunkAttention(2, 1, 24, 12, 2, dtype=dtype), ChunkSelect(1, 1, 24, 4, 2, dtype=dtype)):
+            for pass_name in ("forward", "backward"):
+                program = program_for(problem, pass_name, tile_for(problem, target))
+                assert lower(program, "hsa", target).inspect_source("asm")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.needs_compiler

@@ -26,6 +26,8 @@ class CpuTile:
         tokens: T, tokens whose chunk lists are walked together.
         rows: query rows gathered for one chunk at a time.
         landmarks: landmark rows scored at a time.
+        few: most tokens of a row whose forward goes token by token, split over slots and landmarks, instead of in tiles.
+        segments: into how many parts the landmarks are split then.
     """
 
     lanes: int
@@ -34,6 +36,8 @@ class CpuTile:
     tokens: int
     rows: int
     landmarks: int
+    few: int = 8
+    segments: int = 16
 
     def __post_init__(self) -> None:
         for name in ("lanes", "row_block"):
@@ -55,8 +59,8 @@ class CpuTile:
 
 @dataclass(frozen=True)
 class Region:
-    """A flat array: a tensor, or memory that a program needs besides. ``elements`` is an expression in B, L and C that
-    reads the same in C and in TVMScript."""
+    """A flat array: a tensor, or memory that a program needs besides. ``elements`` is a
+    C expression in B, L and C, of non-negative whole numbers."""
 
     name: str
     dtype: str

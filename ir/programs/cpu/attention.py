@@ -2,8 +2,8 @@
 
 A unit of work is a tile of T neighbouring tokens of one kv head. The union of their chunk lists is walked once: a chunk
 is packed, the rows of the tokens that selected it are gathered, and two register-blocked products with a softmax between
-them run on exactly those rows. So no flop is spent on tokens that did not select a chunk, a chunk is packed once a tile,
-and the same program serves prefill, training and decode.
+them run on exactly those rows. So no flop is spent on tokens that did not select a chunk, and a chunk is packed once a
+tile. A few tokens, of a decoding step, go slot by slot instead (``token_attention``).
 """
 
 from typing import Any
@@ -13,11 +13,14 @@ from tvm.script import tirx as T
 from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import CpuTile, Program
 from hsa_compile.ir.programs.cpu.blocks import product, softmax_row, transpose
-from hsa_compile.ir.programs.cpu.stages import each_token_tile, stage, token_tiles
+from hsa_compile.ir.programs.cpu.stages import each_token_tile, many_tokens, stage, token_tiles
 from hsa_compile.ir.programs.cpu.tiles import Layout, pack_rows, walk_chunks, write_sums
+from hsa_compile.ir.programs.cpu.token_attention import slot_stage, sum_stage
 
 TENSORS = ("q", "k", "v", "indices", "weights", "o")
-WORKSPACE = ("keys_t", "values", "queries", "logits", "weight", "sums", "target", "chunk", "head", "next", "found")
+WORKSPACE = (
+    "queries", "keys", "values", "logits", "sums", "target", "keys_t", "weight", "chunk", "head", "next", "found",
+)  # fmt: skip
 
 
 def load_chunk(lay: Layout) -> Any:
@@ -53,7 +56,7 @@ def attend_rows(lay: Layout) -> Any:
 
 
 def program(problem: ChunkAttention, tile: CpuTile) -> Program:
-    """The forward pass: one stage, a unit for every kv head of every tile of tokens."""
+    """The forward pass: a unit for every kv head of every tile of tokens, or for every slot of a few tokens."""
     lay = Layout(problem, tile)
     walk = walk_chunks(lay, load_chunk(lay), attend_rows(lay), gradients=False)
     write = write_sums(lay)
@@ -65,5 +68,7 @@ def program(problem: ChunkAttention, tile: CpuTile) -> Program:
 
     heads = problem.kv_heads
     compute = each_token_tile(heads, tile.tokens, attend)
-    only = stage("attend", token_tiles(heads, tile.tokens), compute, lay.regions(*TENSORS, *WORKSPACE))
-    return Program(TENSORS, (), lay.regions(*WORKSPACE), (only,))
+    names = (*TENSORS, *(name for name in WORKSPACE if name != "keys"))
+    tiles = stage("tiles", many_tokens(tile.few, token_tiles(heads, tile.tokens)), compute, lay.regions(*names))
+    stages = (tiles, slot_stage(lay), sum_stage(lay))
+    return Program(TENSORS, lay.regions("parts"), lay.regions(*WORKSPACE), stages)

@@ -11,7 +11,7 @@ from tvm.script import tirx as T
 
 from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import CpuTile, Program, Stage
-from hsa_compile.ir.programs.cpu.blocks import LOG2E, across, clear, product, softmax_row, transpose
+from hsa_compile.ir.programs.cpu.blocks import LOG2E, across, clear, product, softmax_row, store_row, transpose
 from hsa_compile.ir.programs.cpu.pairs import each_chunk, pair_regions, pair_stage
 from hsa_compile.ir.programs.cpu.stages import each_token_tile, stage, token_tiles
 from hsa_compile.ir.programs.cpu.tiles import Layout, gather_heads, pack_rows, walk_chunks, write_sums
@@ -168,6 +168,7 @@ def memory_stage(lay: Layout) -> Stage:
     Hkv, D, S, K, G = p.kv_heads, p.head_dim, p.chunk_size, p.top_k, p.groups
     WIDTH, KEYS = lay.width, lay.keys
     zero = clear(lay.tile, 0.0)
+    store = store_row(lay.tile, D)
     load = load_transposed(lay)
     gather = gather_heads(lay, gradients=True)
     add = memory_gradients(lay)
@@ -190,9 +191,8 @@ def memory_stage(lay: Layout) -> Stage:
                 at = at + 1
             add(m, rows)
         for s in T.serial(S):
-            for d in T.serial(D):
-                m.d_k[row + s * (Hkv * D) + d] = m.d_keys[s * WIDTH + d]
-                m.d_v[row + s * (Hkv * D) + d] = m.d_values[s * WIDTH + d]
+            store(m.d_k, row + s * (Hkv * D), m.d_keys, s * WIDTH)
+            store(m.d_v, row + s * (Hkv * D), m.d_values, s * WIDTH)
 
     names = (
         *TENSORS[:4], "weights", "d_k", "d_v", "keys_t", "values_t", "queries", "grads", "logits", "dp", "weight",

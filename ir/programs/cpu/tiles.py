@@ -10,8 +10,8 @@ from tvm.script import tirx as T
 
 from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import CpuTile, Region
-from hsa_compile.ir.programs.cpu.blocks import LOG2E, clear, copy_row
-from hsa_compile.ir.programs.cpu.stages import regions
+from hsa_compile.ir.programs.cpu.blocks import LOG2E, clear, copy_row, store_row
+from hsa_compile.ir.programs.cpu.stages import STORAGE, few_elements, regions
 
 
 class Layout:
@@ -24,6 +24,7 @@ class Layout:
         self.pairs = max(1, tile.rows // problem.groups)  # (token, slot) pairs gathered at a time
         self.rows = -(-self.pairs * problem.groups // tile.row_block) * tile.row_block
         self.out_rows = tile.tokens * problem.groups
+        self.heads = tile.pad(problem.groups)  # query heads as lanes
         self.slots = tile.tokens * problem.top_k
         self.table = max(tile.lanes, 1 << (2 * self.slots - 1).bit_length())  # hash table, at most half full
         self._regions = self._tensors() | self._workspace()
@@ -34,18 +35,22 @@ class Layout:
         memory = f"B * C * {p.chunk_size * p.kv_heads * p.head_dim}"
         slots = f"B * L * {p.kv_heads * p.top_k}"
         return (
-            regions("float32", q=tokens, k=memory, v=memory, weights=slots, o=tokens)
-            | regions("float32", d_q=tokens, d_k=memory, d_v=memory, d_weights=slots, grad_o=tokens)
+            regions(STORAGE[p.dtype], q=tokens, k=memory, v=memory, o=tokens)
+            | regions(STORAGE[p.dtype], d_q=tokens, d_k=memory, d_v=memory, grad_o=tokens)
+            | regions("float32", weights=slots, d_weights=slots)
             | regions("int32", indices=slots)
         )
 
     def _workspace(self) -> dict[str, Region]:
-        block, gathered, logits = self.keys * self.width, self.rows * self.width, self.rows * self.keys
-        sums = (self.out_rows + 1) * self.width  # the last row swallows the padding of row blocks
+        rows = max(self.rows, self.heads)
+        block, gathered, logits = self.keys * self.width, rows * self.width, rows * self.keys
+        sums = max(self.out_rows + 1, self.heads) * self.width  # the last row swallows the padding of row blocks
+        slots = f"B * {self.problem.kv_heads * self.problem.top_k}"
+        parts = few_elements(self.tile.few, f"{slots} * {self.problem.groups * self.width}")
         return (
             regions("float32", keys_t=block, keys=block, values_t=block, values=block, d_keys=block, d_values=block)
             | regions("float32", queries=gathered, grads=gathered, logits=logits, dp=logits)
-            | regions("float32", weight=self.rows, sums=sums)
+            | regions("float32", weight=self.rows, sums=sums, parts=parts)
             | regions("int32", target=self.rows, slot=self.rows)
             | regions("int32", chunk=self.table, head=self.table, next=self.slots, found=self.slots)
         )
@@ -136,7 +141,7 @@ def walk_chunks(lay: Layout, load, attend, gradients: bool) -> Any:
     def walk(m, b, h, t0, tokens):
         slots0 = ((b * m.L + t0) * Hkv + h) * K
         count = T.alloc_buffer((1,), "int32", scope="local")
-        zero(m.sums, lay.out_rows * lay.width)
+        zero(m.sums, tokens * (G * lay.width))
         group(m, slots0, tokens, count)
         for entry in T.serial(count[0]):
             load(m, ((b * m.C + m.chunk[m.found[entry]]) * S * Hkv + h) * D)
@@ -162,12 +167,12 @@ def walk_chunks(lay: Layout, load, attend, gradients: bool) -> Any:
 def write_sums(lay: Layout) -> Any:
     """Writes a tile's ``sums`` to a tensor in the shape of q."""
     Hq, D, G, WIDTH = lay.problem.q_heads, lay.problem.head_dim, lay.problem.groups, lay.width
+    store = store_row(lay.tile, D)
 
     @T.inline
     def write(m, out, b, h, t0, tokens):
         for t in T.serial(tokens):
             for g in T.serial(G):
-                for d in T.serial(D):
-                    out[((b * m.L + t0 + t) * Hq + h * G + g) * D + d] = m.sums[(t * G + g) * WIDTH + d]
+                store(out, ((b * m.L + t0 + t) * Hq + h * G + g) * D, m.sums, (t * G + g) * WIDTH)
 
     return write
