@@ -151,17 +151,17 @@ def test_a_few_tokens_select_like_many(case: str, dtype: str, ties: bool, poison
 
 
 @pytest.mark.needs_compiler
-@pytest.mark.parametrize("order", ["rising", "falling", "equal"])
+@pytest.mark.parametrize("order", ["rising", "falling", "equal", "few values"])
 def test_selection_takes_scores_in_any_order(order: str) -> None:
-    rank = {"rising": torch.arange(500.0), "falling": -torch.arange(500.0), "equal": torch.ones(500)}[order]
-    landmark, count = rank.view(1, 500, 1, 1), torch.tensor([500])
+    problem, place = ChunkSelect(1, 1, 1, 1, 6), torch.arange(500.0)
+    rank = {"rising": place, "falling": -place, "equal": torch.ones(500), "few values": place * 17 % 31 % 5}[order]
     for L in (1, 40):
+        inputs = (torch.ones(1, L, 1, 1), rank.view(1, 500, 1, 1), torch.tensor([500 - L]), torch.tensor([500]))
+        want, want_scores = reference.select(problem, *(x.numpy() for x in inputs))
         with dispatch.use_backend("compiled"):
-            got, _ = ops.chunk_select(torch.ones(1, L, 1, 1), landmark, torch.tensor([500 - L]), count, 1, 1, 6)
-        for t in range(L):
-            last = 500 - L + t
-            want = range(5, -1, -1) if order == "falling" else range(last - 1, last - 7, -1)
-            assert got[0, t, 0].tolist() == list(want)
+            got, scores = ops.chunk_select(*inputs, 1, 1, 6)
+        np.testing.assert_array_equal(got.numpy(), want)
+        np.testing.assert_array_equal(scores.numpy(), want_scores)
 
 
 @pytest.mark.needs_compiler

@@ -26,7 +26,7 @@ class CpuTile:
         tokens: T, tokens whose chunk lists are walked together.
         rows: query rows gathered for one chunk at a time.
         landmarks: landmark rows scored at a time.
-        few: most tokens of a row whose forward goes token by token, split over slots and landmarks, instead of in tiles.
+        few: most tokens of a row for which the forward is split over slots or landmarks, not into tiles of tokens.
         segments: into how many parts the landmarks are split then.
     """
 

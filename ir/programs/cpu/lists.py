@@ -53,16 +53,22 @@ def merge_queue(tile, K) -> Any:
         held_index = T.alloc_buffer((V,), "int32", scope="local")
         lower = T.alloc_buffer((V,), "int32", scope="local")
         lower_index = T.alloc_buffer((V,), "int32", scope="local")
+        entering = T.alloc_buffer((QUEUE * V,), "int32", scope="local")
+        for i in T.unroll(QUEUE):
+            for v in T.vectorized(V):
+                entering[i * V + v] = key[i * V + v]
         for s in T.serial(K):
             for v in T.vectorized(V):
                 held[v] = best[list + s * V + v]
                 held_index[v] = best_index[list + s * V + v]
             for i in T.unroll(QUEUE):
                 for v in T.vectorized(V):
-                    lower_index[v] = T.Select(key[i * V + v] > held[v], held_index[v], index[i * V + v])
-                    held_index[v] = T.Select(key[i * V + v] > held[v], index[i * V + v], held_index[v])
-                    lower[v] = T.min(held[v], key[i * V + v])
-                    held[v] = T.max(held[v], key[i * V + v])
+                    # Not what is pushed down is compared but what enters: past its place, everything moves down by
+                    # one, and among equals the oldest leaves.
+                    lower_index[v] = T.Select(entering[i * V + v] > held[v], held_index[v], index[i * V + v])
+                    held_index[v] = T.Select(entering[i * V + v] > held[v], index[i * V + v], held_index[v])
+                    lower[v] = T.Select(entering[i * V + v] > held[v], held[v], key[i * V + v])
+                    held[v] = T.Select(entering[i * V + v] > held[v], key[i * V + v], held[v])
                     key[i * V + v] = lower[v]
                     index[i * V + v] = lower_index[v]
             for v in T.vectorized(V):
