@@ -23,6 +23,9 @@ from hsa_compile.model.model import HsaModel
 # Protobuf ends at 2 GiB; the graph itself and its function bodies take less than the rest.
 EXTERNAL_DATA_ABOVE = (1 << 31) - (1 << 26)
 
+# The baselines are there to be compared with, in PyTorch.
+EXPORTED = ("hsa",)
+
 _hsa = Opset(schema.DOMAIN, schema.OPSET)
 _standard = Opset("", STANDARD_OPSET)
 
@@ -77,8 +80,10 @@ def export_graph(model: HsaModel, path: Path, external_data_above: int = EXTERNA
         ``path``.
 
     Raises:
+        ConfigError: the architecture is not exported.
         ValueError: the model is not float32 on the CPU.
     """
+    model.config.require("exporting", EXPORTED)
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
         raise ValueError("only float32 models on the CPU are exported; use model.float().cpu()")
     schema.register()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hsa_compile.export.bundle import GRAPH, LIBRARY, MANIFEST, BundleError, Manifest, write_manifest
-from hsa_compile.export.graph import EXTERNAL_DATA_ABOVE, export_graph, state_specs
+from hsa_compile.export.graph import EXPORTED, EXTERNAL_DATA_ABOVE, export_graph, state_specs
 from hsa_compile.export.library import KernelObjects, LibraryError, build_library
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
@@ -43,8 +43,10 @@ def export_bundle(
     Raises:
         BundleError: ``directory`` exists and is not a bundle.
         LibraryError: a kernel is missing for this model, or the library cannot be built.
+        ConfigError: the architecture is not exported.
         ValueError: the model is not float32 on the CPU.
     """
+    model.config.require("exporting", EXPORTED)
     directory = Path(directory)
     if directory.exists() and not (directory / MANIFEST).is_file():
         raise BundleError(f"{directory} exists and is not a bundle; choose another place or remove it")

@@ -19,8 +19,9 @@ from hsa_compile.export import Session, export_bundle
 from hsa_compile.kernels import build_all
 from hsa_compile.model.data import load_text, split_text
 from hsa_compile.model.evaluate import Accuracy, retrieval_accuracy
+from hsa_compile.model.recipe import TrainConfig
 from hsa_compile.model.tokenizer import ByteTokenizer
-from hsa_compile.model.train import PLOT_NAME, TrainConfig, TrainResult, train
+from hsa_compile.model.train import PLOT_NAME, TrainResult, train
 
 Spinner = Callable[[str], AbstractContextManager[Callable[[str], None]]]
 

@@ -1,4 +1,7 @@
-"""Which path computes an operator in PyTorch: a compiled kernel where one can be had, eager PyTorch elsewhere.
+"""Which path computes an operator in PyTorch: a built kernel where one can be had, Triton on GPUs, else eager PyTorch.
+
+Kernels are picked by the length of a segment, from a few buckets, as tuning records say; where PyTorch is asked for
+deterministic algorithms, one kernel serves all lengths.
 
 The NumPy reference is a third path, slow and only on demand: whole models are validated against it.
 """
@@ -10,20 +13,25 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from hsa_compile import eager
-from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem, reference
-from hsa_compile.native import Kernel
-from hsa_compile.schedules import BuildError, build
+from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem, ProblemError, reference
+from hsa_compile.native import CudaKernel, Kernel
+from hsa_compile.schedules import BuildError, TargetError, bucket, build, choose, gpu_target
+from hsa_compile.schedules.choice import VARIABLE, Tile
 
 log = logging.getLogger("hsa_compile")
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-Backend = Literal["auto", "compiled", "eager", "reference"]
+KERNEL_DTYPES = {
+    "cpu": (torch.float32, torch.float16, torch.bfloat16),
+    "cuda": (torch.float16, torch.bfloat16),
+}
+Backend = Literal["auto", "compiled", "triton", "eager", "reference"]
 _backend: Backend | None = None
 
 
@@ -41,8 +49,8 @@ def current_backend() -> Backend:
 
 @contextlib.contextmanager
 def use_backend(name: Backend) -> Iterator[None]:
-    """Within the block, "compiled" demands kernels (or fails), "eager" uses none, "auto" prefers them,
-    "reference" computes in float64 by the definitions in ``hsa_compile.ir.reference``."""
+    """Within the block, "compiled" demands built kernels (or fails), "triton" the Triton programs, "eager" uses none,
+    "auto" prefers them, "reference" computes in float64 by the definitions in ``hsa_compile.ir.reference``."""
     global _backend
     if name not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {name!r}")
@@ -59,12 +67,100 @@ def _warn_once(reason: str) -> None:
 
 
 @functools.cache
-def _load(problem: Problem, pass_name: str) -> Kernel | str:
+def _load(problem: Problem, pass_name: str, target: str, tile: Tile) -> Kernel | CudaKernel | str:
     """The kernel, or why it can't be had; remembered, so that a missing compiler costs one look."""
     try:
-        return Kernel(build(problem, pass_name))
-    except (BuildError, OSError) as error:
+        artifact = build(problem, pass_name, target, tile)
+        return CudaKernel(artifact) if target.startswith("cuda:") else Kernel(artifact)
+    except (BuildError, ProblemError, OSError) as error:
         return str(error)
+
+
+@functools.cache
+def _resolve(
+    problem: Problem, pass_name: str, target: str, length: int | None, schedule: str | None
+) -> Kernel | CudaKernel | str:
+    """The kernel of a bucket of lengths, None for the one that serves all. ``schedule`` is the variable's value, so
+    that a change of it is seen."""
+    try:
+        tile = choose(problem, pass_name, target, length).tile
+    except TargetError as error:
+        return str(error)
+    return _load(problem, pass_name, target, tile)
+
+
+@functools.cache
+def _target(device: torch.device) -> str:
+    """Name of the target that kernels for a device are built for, "" if there is none."""
+    if device.type == "cpu":
+        return "cpu:native"
+    found = gpu_target(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None
+    return found.name if found else ""
+
+
+@functools.cache
+def _triton() -> tuple[ModuleType | None, str]:
+    """The launchers of the Triton programs, or why there are none; found out once, when first needed."""
+    try:
+        from hsa_compile import triton_kernels
+    except ImportError as error:
+        return None, f"{error} (pip install 'hsa-compile[cuda]')"
+    return triton_kernels, ""
+
+
+@functools.cache
+def _device_lacks(device: torch.device) -> str:
+    """Why Triton can't drive a CUDA device, "" if it can. It builds a helper with the machine's C compiler first."""
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"Triton programs need compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
+    import triton
+
+    try:
+        with torch.cuda.device(device):
+            triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever a missing compiler, header or driver makes of it
+        return f"Triton can't use {device}: {error}"
+    return ""
+
+
+def _triton_lacks(q: Tensor) -> str:
+    """Why the Triton programs can't serve tensors like ``q``, "" if they can."""
+    module, reason = _triton()
+    if module is None:
+        return reason
+    if q.dtype not in module.DTYPES:
+        return f"Triton programs are for float32, float16 and bfloat16, not {q.dtype}"
+    if q.is_cuda:
+        return _device_lacks(q.device)
+    if not module.interpreted():
+        return f"Triton programs run on CUDA tensors (or with TRITON_INTERPRET=1), not on {q.device.type}"
+    # Its stand-in for the matrix product takes their bits for integers.
+    return "Triton's interpreter can't multiply bfloat16" if q.dtype == torch.bfloat16 else ""
+
+
+def _plain(function: str, q: Tensor, *arguments: Any) -> Any:
+    """Runs ``function`` where no built kernel does: in Triton on a GPU, or if asked to, else eagerly."""
+    backend = current_backend()
+    if backend == "triton" or (backend == "auto" and q.is_cuda):
+        reason = _triton_lacks(q)
+        if not reason:
+            return _run_triton(function, arguments, demanded=backend == "triton")
+        if backend == "triton":
+            raise RuntimeError(reason)
+        _warn_once(reason)
+    return getattr(eager, function)(*arguments)
+
+
+def _run_triton(function: str, arguments: tuple[Any, ...], demanded: bool) -> Any:
+    module, _ = _triton()
+    assert module is not None
+    try:
+        return getattr(module, function)(*arguments)
+    except module.OutOfResources as error:  # a chunk and a width that no multiprocessor of this GPU can hold
+        if demanded:
+            raise
+        _warn_once(f"Triton: {error}")
+    return getattr(eager, function)(*arguments)
 
 
 def _by_definition(function: Callable[..., Any], problem: Problem, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -72,24 +168,41 @@ def _by_definition(function: Callable[..., Any], problem: Problem, inputs: tuple
     return [torch.from_numpy(x) for x in (results if isinstance(results, tuple) else (results,))]
 
 
-def _kernel(problem: Problem, pass_name: str, q: Tensor, slots: int) -> Kernel | None:
-    """The kernel to run, or None for the eager path. ``slots`` a row must be countable in 32 bits by a backward."""
+def _kernel(problem: Problem, pass_name: str, q: Tensor) -> Kernel | CudaKernel | None:
+    """The built kernel, or None for the other paths. Slots of a row must be countable in 32 bits by a backward.
+
+    On GPUs kernels are built on demand alone ("compiled"): nvcc takes half a minute, Triton serves at once.
+    """
     backend = current_backend()
-    if backend == "eager":
+    if backend in ("eager", "triton") or (backend == "auto" and q.is_cuda):
         return None
-    found: Kernel | str
-    if q.device.type != "cpu" or q.dtype not in KERNEL_DTYPES:
-        found = f"kernels run float32, float16 and bfloat16 on a CPU, not {q.dtype} on {q.device.type}"
-    elif slots >= 2**31:
+    target = _target(q.device)
+    found: Kernel | CudaKernel | str
+    if not target or q.dtype not in KERNEL_DTYPES[q.device.type]:
+        found = f"kernels are built for {_served()}, not {q.dtype} on {q.device}"
+    elif (slots := q.shape[1] * problem.top_k) >= 2**31:
         found = f"L*K = {slots} does not fit 32 bits"
     else:
-        found = _load(problem, pass_name)
-    if isinstance(found, Kernel):
+        length = None if torch.are_deterministic_algorithms_enabled() else bucket(q.shape[1])
+        found = _resolve(problem, pass_name, target, length, os.environ.get(VARIABLE))
+    if not isinstance(found, str):
         return found
     if backend == "compiled":
         raise BuildError(found)
     _warn_once(found)
     return None
+
+
+def _served() -> str:
+    return "; ".join(
+        f"{' or '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)} on {device}"
+        for device, dtypes in KERNEL_DTYPES.items()
+    )
+
+
+def _empty_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Contiguous outputs in the shapes, dtypes and on the device of tensors."""
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in tensors)
 
 
 def select(
@@ -100,12 +213,13 @@ def select(
         indices, scores = _by_definition(reference.select, problem, (q_r, landmark, position, chunks))
         return indices, scores.float()
     B, L = q_r.shape[:2]
-    kernel = _kernel(problem, "forward", q_r, L * problem.top_k)
+    kernel = _kernel(problem, "forward", q_r)
     if kernel is None:
         p = problem
-        return eager.select(q_r, landmark, position, chunks, p.kv_heads, p.chunk_size, p.top_k, p.visible_lag)
-    indices = torch.empty((B, L, problem.kv_heads, problem.top_k), dtype=torch.int32)
-    scores = torch.empty(indices.shape)
+        options = (p.kv_heads, p.chunk_size, p.top_k, p.visible_lag)
+        return _plain("select", q_r, q_r, landmark, position, chunks, *options)
+    indices = torch.empty((B, L, problem.kv_heads, problem.top_k), dtype=torch.int32, device=q_r.device)
+    scores = torch.empty(indices.shape, device=q_r.device)
     inputs = (q_r, landmark, position, chunks)
     kernel((*(x.contiguous() for x in inputs), indices, scores), B, L, landmark.shape[1])
     return indices, scores
@@ -119,10 +233,10 @@ def select_backward(
         d_q, d_landmark = _by_definition(reference.select_backward, problem, (grad_scores, q_r, landmark, indices))
         return d_q.to(q_r.dtype), d_landmark.to(landmark.dtype)
     B, L = q_r.shape[:2]
-    kernel = _kernel(problem, "backward", q_r, L * problem.top_k)
+    kernel = _kernel(problem, "backward", q_r)
     if kernel is None:
-        return eager.select_backward(grad_scores, q_r, landmark, indices)
-    outputs = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q_r, landmark))
+        return _plain("select_backward", q_r, grad_scores, q_r, landmark, indices)
+    outputs = _empty_like(q_r, landmark)
     inputs = (grad_scores, q_r, landmark, indices)
     kernel((*(x.contiguous() for x in inputs), *outputs), B, L, landmark.shape[1])
     return outputs  # type: ignore[return-value]
@@ -133,10 +247,10 @@ def attention(problem: ChunkAttention, q: Tensor, k: Tensor, v: Tensor, indices:
     if current_backend() == "reference":
         return _by_definition(reference.attention, problem, (q, k, v, indices, weights))[0].to(q.dtype)
     B, L = q.shape[:2]
-    kernel = _kernel(problem, "forward", q, L * problem.top_k)
+    kernel = _kernel(problem, "forward", q)
     if kernel is None:
-        return eager.attention(q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
-    o = torch.empty(q.shape, dtype=q.dtype)
+        return _plain("attention", q, q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
+    (o,) = _empty_like(q)
     inputs = (q, k, v, indices, weights)
     kernel((*(x.contiguous() for x in inputs), o), B, L, k.shape[1] // problem.chunk_size)
     return o
@@ -150,10 +264,11 @@ def attention_backward(
         grads = _by_definition(reference.attention_backward, problem, (grad_o, q, k, v, indices, weights))
         return tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, weights)))  # type: ignore[return-value]
     B, L = q.shape[:2]
-    kernel = _kernel(problem, "backward", q, L * problem.top_k)
+    kernel = _kernel(problem, "backward", q)
     if kernel is None:
-        return eager.attention_backward(grad_o, q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
-    outputs = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v, weights))
+        options = (problem.chunk_size, problem.off_by_one)
+        return _plain("attention_backward", q, grad_o, q, k, v, indices, weights, *options)
+    outputs = _empty_like(q, k, v, weights)
     inputs = (grad_o, q, k, v, indices, weights)
     kernel((*(x.contiguous() for x in inputs), *outputs), B, L, k.shape[1] // problem.chunk_size)
     return outputs  # type: ignore[return-value]

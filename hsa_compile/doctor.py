@@ -14,7 +14,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from hsa_compile import __version__
-from hsa_compile.schedules import BuildError, TargetError, cache_directory, gpu_target, resolve
+from hsa_compile.model.config import preset
+from hsa_compile.schedules import (
+    BuildError,
+    ScheduleError,
+    TargetError,
+    cache_directory,
+    choose,
+    gpu_target,
+    resolve,
+)
 from hsa_compile.schedules.builder import compiler, cuda_compiler
 
 # Package, what it is for, the extra that brings it (none: always installed).
@@ -27,6 +36,7 @@ PACKAGES = (
     ("onnx", "export", "export"),
     ("onnxscript", "export", "export"),
     ("apache-tvm", "CPU kernels", "compile"),
+    ("pydantic", "tuning records", "compile"),
     ("tilelang", "GPU kernels", "cuda"),
     ("triton", "GPU kernels without a build", "cuda"),
 )
@@ -50,7 +60,7 @@ def report() -> tuple[Table, bool]:
     for what, found, use, hint in (*compilers, _target(), _cache()):
         table.add_row(what, found or "–", use, "" if found else escape(hint))
         complete &= bool(found)
-    for what, found, use, hint in (_cuda_compiler(), *_gpus()):
+    for what, found, use, hint in (_cuda_compiler(), *_gpus(), _records()):
         table.add_row(what, found or "–", use, "" if found else escape(hint))
     return table, complete
 
@@ -89,6 +99,23 @@ def _target() -> tuple[str, str, str, str]:
     except TargetError as error:
         return "cpu:native", "", "CPU kernels", str(error)
     return "cpu:native", f"{target.name}, {target.lanes} lanes, {os.cpu_count()} cores", "CPU kernels", ""
+
+
+def _records() -> tuple[str, str, str, str]:
+    """How many tuning records fit this machine, and what the tiny model's attention takes."""
+    hint = "nothing was tuned on this machine, tiles are the hand-picked ones; hsa-compile tune makes records"
+    try:
+        from hsa_compile.schedules import records
+
+        target = resolve("cpu:native")
+        mine = [stored.record for stored in records.of_device(target)]
+        choice = choose(preset("tiny").problems()[1])
+    except (ModuleNotFoundError, TargetError, ScheduleError) as error:
+        return "tuning records", "", "faster tiles", str(error)
+    current = sum(records.current(record, target.name) for record in mine)
+    stale = f", {len(mine) - current} stale" if len(mine) > current else ""
+    found = f"{current} for this machine{stale}; tiny's attention: {choice.origin}, {choice.reason}" if mine else ""
+    return "tuning records", found, "faster tiles", hint
 
 
 def _cache() -> tuple[str, str, str, str]:

@@ -5,11 +5,16 @@ Work goes in blocks of tokens so that what is gathered stays bounded. Half preci
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Elements of the largest temporary: 2^24 floats are 64 MiB, about what a laptop's caches and allocator bear well.
 BLOCK_ELEMENTS = 1 << 24
@@ -21,10 +26,25 @@ def _blocks(length: int, elements_a_token: int) -> Iterator[slice]:
         yield slice(start, min(length, start + step))
 
 
+def _in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """Autocast reaches into operators and would round the float32 products here to half precision again."""
+
+    @functools.wraps(function)
+    def precise(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = args[0].device.type  # type: ignore[attr-defined]
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return precise
+
+
 def _accumulate(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@_in_own_precision
 def select(
     q_r_BLHrDr: Tensor,
     landmark_BCHrDr: Tensor,
@@ -34,8 +54,12 @@ def select(
     chunk_size: int,
     top_k: int,
     visible_lag: int,
+    perturb: Callable[[Tensor, slice], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The K best visible chunks, newest first; see ``hsa_compile.ops.chunk_select``."""
+    """The K best visible chunks, newest first; see ``hsa_compile.ops.chunk_select``.
+
+    ``perturb`` maps the scores [B, l, Hr, C] of a block of tokens to those that decide the selection.
+    """
     B, L, Hr, Dr = q_r_BLHrDr.shape
     C = landmark_BCHrDr.shape[1]
     device = q_r_BLHrDr.device
@@ -48,7 +72,9 @@ def select(
         s = (q_r_BLHrDr[:, block].float().transpose(1, 2) @ landmark).transpose(1, 2) / math.sqrt(Dr)
         last = position_B.view(B, 1) + torch.arange(L, device=device)[block]
         visible = torch.minimum((last - visible_lag).div(chunk_size, rounding_mode="floor"), chunks_B.view(B, 1))
-        picked, order = _best(s, chunk < visible.view(B, -1, 1, 1), k)
+        decisive = s if perturb is None else perturb(s, block)
+        order = _best(decisive, chunk < visible.view(B, -1, 1, 1), k)
+        picked = torch.where(order >= 0, s.gather(-1, order.clamp(min=0)), 0.0)
         indices[:, block, :, :k] = order.to(torch.int32)
         scores[:, block, :, :k] = picked
     if Hr != kv_heads:
@@ -57,18 +83,18 @@ def select(
     return indices, scores
 
 
-def _best(s_BLHC: Tensor, visible: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Top k with exact ties going to the newer chunk: score bits and chunk index make one unique 64-bit key."""
+def _best(s_BLHC: Tensor, visible: Tensor, k: int) -> Tensor:
+    """Indices of the top k, highest index first and -1 in empty slots. Exact ties go to the newer chunk: score bits and
+    chunk index make one unique 64-bit key."""
     bits = (s_BLHC + 0.0).view(torch.int32).long()  # adding zero turns -0.0 into 0.0
     ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF)
     chunk = torch.arange(s_BLHC.shape[-1], device=s_BLHC.device)
     key = torch.where(visible, ordered * (1 << 32) + chunk, torch.iinfo(torch.int64).min)
     best = key.topk(k, dim=-1).values
-    order = torch.where(best == torch.iinfo(torch.int64).min, -1, best & 0xFFFFFFFF).sort(-1, descending=True).values
-    picked = torch.where(order >= 0, s_BLHC.gather(-1, order.clamp(min=0)), 0.0)
-    return picked, order
+    return torch.where(best == torch.iinfo(torch.int64).min, -1, best & 0xFFFFFFFF).sort(-1, descending=True).values
 
 
+@_in_own_precision
 def select_backward(
     grad_scores_BLHkvK: Tensor, q_r_BLHrDr: Tensor, landmark_BCHrDr: Tensor, indices_BLHkvK: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -131,6 +157,7 @@ def _attention_blocks(q: Tensor, k: Tensor, indices: Tensor, S: int) -> Iterator
     return _blocks(length, q.shape[0] * gathered_tokens * (2 * k.shape[2] * k.shape[3] + 2 * q.shape[2]))
 
 
+@_in_own_precision
 def attention(
     q_BLHqD: Tensor,
     k_BTHkvD: Tensor,
@@ -148,6 +175,7 @@ def attention(
     return o
 
 
+@_in_own_precision
 def attention_backward(
     grad_o_BLHqD: Tensor,
     q_BLHqD: Tensor,

@@ -231,3 +231,28 @@ def _attention_gradient(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
 
 
 chunk_attention.register_autograd(_attention_gradient, setup_context=_attention_context)
+
+
+def _register_autocast(device: str, op: Any, narrowed: tuple[int, ...], widened: tuple[int, ...] = ()) -> None:
+    """Under ``torch.autocast`` an op takes the arguments ``narrowed`` in the autocast dtype, as matrix products do, and
+    ``widened`` in float32, whatever half-precision layers made of them; what it runs inside is not cast again.
+
+    Above autograd, so that gradients come back in the dtypes that were given. float64 stays, as everywhere in autocast.
+    """
+
+    def run(*arguments: Any) -> Any:
+        given = list(arguments)
+        dtypes = {**dict.fromkeys(narrowed, torch.get_autocast_dtype(device)), **dict.fromkeys(widened, torch.float32)}
+        for place, dtype in dtypes.items():
+            if given[place].is_floating_point() and given[place].dtype != torch.float64:
+                given[place] = given[place].to(dtype)
+        with torch.autocast(device, enabled=False):
+            return op(*given)
+
+    _autocast.impl(op._name, run, f"Autocast{device.upper()}")
+
+
+_autocast = torch.library.Library("hsa", "IMPL")
+for _device in ("cpu", "cuda"):
+    _register_autocast(_device, chunk_select, narrowed=(0, 1))
+    _register_autocast(_device, chunk_attention, narrowed=(0, 1, 2), widened=(4,))

@@ -22,8 +22,9 @@ from hsa_compile import dispatch, ops
 from hsa_compile.bench.record import common_keys
 from hsa_compile.export import Session
 from hsa_compile.ir import ChunkAttention, ChunkSelect, reference
+from hsa_compile.model.encoder import Memory
 from hsa_compile.model.generate import generate
-from hsa_compile.model.hsa import HsaLayer, Memory
+from hsa_compile.model.hsa import HsaLayer
 from hsa_compile.model.model import HsaModel
 
 LOGITS = 1e-4  # absolute

@@ -53,11 +53,12 @@ def save_checkpoint(model: HsaModel, directory: str | Path, training: dict[str, 
         del weights["head.weight"]
     about = {"format": FORMAT, "version": VERSION, "model": model.config.to_dict(), "training": training or {}}
     write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    write_atomically(directory / CONFIG_NAME, lambda path: _write_text(path, json.dumps(about, indent=2) + "\n"))
+    write_atomically(directory / CONFIG_NAME, lambda path: write_text(path, json.dumps(about, indent=2) + "\n"))
     return directory
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8."""
     path.write_text(text, encoding="utf-8")
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.ir.operators import Dtype
 
 SlotWeights = Literal["softmax", "stick-breaking"]
-SLOT_WEIGHTS: tuple[str, ...] = ("softmax", "stick-breaking")
+Encoder = Literal["cls", "mean", "none"]
+Architecture = Literal["hsa", "mamba-hsa", "nsa", "swa", "attention", "landmark", "mamba"]
+# What reads a chunk memory through the operators; the others are baselines in plain PyTorch.
+WITH_OPERATORS = ("hsa", "mamba-hsa")
+WITH_MEMORY = (*WITH_OPERATORS, "nsa")
+WITH_MAMBA = ("mamba", "mamba-hsa")
 
 
 class ConfigError(ValueError):
@@ -22,6 +27,10 @@ class ModelConfig:
     """Sizes and choices of one model. The letters in brackets are those of the shape legends.
 
     Args:
+        architecture: ``hsa``, or what it is compared with, in the same skeleton of as many layers:
+            ``mamba-hsa`` has Mamba-2 in place of sliding windows; ``nsa`` reads its memory with one softmax over the
+            tokens of the selected chunks, which it finds by mean-pooled keys; ``swa`` and ``mamba`` have no memory;
+            ``attention`` sees every token before, and ``landmark`` does so through a landmark token after each chunk.
         vocab_size: [V] rows of the embedding; the byte tokenizer needs 260.
         d_model: [d] width of the residual stream.
         mlp_dim: inner width of every SwiGLU.
@@ -36,19 +45,28 @@ class ModelConfig:
         retrieval_dim: [Dr] width of one retrieval head.
         top_k: [K] chunks selected a token at inference.
         train_top_k: K while training; small, so that the model learns to reject chunks.
-        encoder_layers: bidirectional layers of the chunk encoder.
+        selection_noise: scale of Gumbel noise that is added to the scores while training, for the selection alone.
+        encoder: what a chunk's landmark is a linear function of, and what its keys and values come from.
+            ``cls``: the encoder's output at a learned CLS vector, and its other outputs; ``mean``: the mean of the
+            encoder's outputs, and these; ``none``: the mean of the hidden states, and the normed hidden states.
+        encoder_layers: bidirectional layers of the chunk encoder, where there is one.
         bypass: what was retrieved reaches the residual stream only through the HSA sub-layer's MLP.
         weights: how the scores of the selected chunks become weights.
+        rank_decay: softmax scores get gamma * k, k the rank of the chunk from the newest, gamma learned a retrieval.
         off_by_one: add 1 to the softmax denominators inside the chunks.
         qk_norm: RMSNorm on queries and keys of every attention, and on retrieval queries and landmarks.
         leave_window: chunks that the sliding window covers are not selected.
         tie_embeddings: the head shares the embedding's weight.
         rope_base: base of the rotary frequencies.
+        ssm_state, ssm_head_dim: [N, P] state a channel and channels a head of Mamba-2.
+        ssm_expand: channels of Mamba-2 as a multiple of d_model.
+        ssm_conv: tokens that its convolution sees.
 
     Raises:
         ConfigError: a value is out of range or two values do not fit.
     """
 
+    architecture: Architecture = "hsa"
     vocab_size: int = 260
     d_model: int = 128
     mlp_dim: int = 256
@@ -67,14 +85,21 @@ class ModelConfig:
     retrieval_dim: int = 64
     top_k: int = 4
     train_top_k: int = 4
+    selection_noise: float = 0.0
+    encoder: Encoder = "cls"
     encoder_layers: int = 1
     bypass: bool = True
     weights: SlotWeights = "softmax"
+    rank_decay: bool = False
     off_by_one: bool = False
     qk_norm: bool = True
     leave_window: bool = False
     tie_embeddings: bool = True
     rope_base: float = 10_000.0
+    ssm_state: int = 64
+    ssm_head_dim: int = 32
+    ssm_expand: int = 2
+    ssm_conv: int = 4
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -84,8 +109,13 @@ class ModelConfig:
             if field.type == "bool" and not isinstance(value, bool):
                 raise ConfigError(f"{field.name} must be true or false, got {value!r}")
         self._check_heads()
-        if self.weights not in SLOT_WEIGHTS:
-            raise ConfigError(f"weights must be one of {', '.join(SLOT_WEIGHTS)}, got {self.weights!r}")
+        for name, kind in (("architecture", Architecture), ("encoder", Encoder), ("weights", SlotWeights)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
+        if self.rank_decay and self.weights != "softmax":
+            raise ConfigError(f"rank_decay is of softmax weights; these are {self.weights}")
+        if not isinstance(self.selection_noise, int | float) or not 0 <= self.selection_noise < float("inf"):
+            raise ConfigError(f"selection_noise must be a number of at least 0, got {self.selection_noise!r}")
         if not isinstance(self.rope_base, int | float) or self.rope_base <= 1:
             raise ConfigError(f"rope_base must be a number above 1, got {self.rope_base!r}")
         if self.upper_layers % self.n_groups:
@@ -103,13 +133,51 @@ class ModelConfig:
                 raise ConfigError(f"{kind}_heads ({heads}) must be a multiple of {kind}_kv_heads ({kv_heads})")
         if self.swa_head_dim % 2:
             raise ConfigError(f"swa_head_dim must be even, RoPE turns pairs; got {self.swa_head_dim}")
+        if self.architecture in WITH_MAMBA and self.ssm_expand * self.d_model % self.ssm_head_dim:
+            raise ConfigError(
+                f"ssm_expand * d_model ({self.ssm_expand * self.d_model}) must be a multiple of ssm_head_dim "
+                f"({self.ssm_head_dim})"
+            )
         if self.retrieval_heads not in (1, self.hsa_kv_heads):
             raise ConfigError(
                 f"retrieval_heads must be 1 or hsa_kv_heads ({self.hsa_kv_heads}), got {self.retrieval_heads}"
             )
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether there is a chunk memory for the upper layers."""
+        return self.architecture in WITH_MEMORY
+
+    @property
+    def landmark_shape(self) -> tuple[int, int]:
+        """Heads and width of a landmark: [Hr, Dr], or those of the keys that NSA averages."""
+        if self.architecture == "nsa":
+            return self.hsa_kv_heads, self.hsa_head_dim
+        return self.retrieval_heads, self.retrieval_dim
+
+    @property
+    def ssm_heads(self) -> int:
+        """Heads of a Mamba-2 layer."""
+        return self.ssm_expand * self.d_model // self.ssm_head_dim
+
+    def require(self, purpose: str, architectures: tuple[str, ...]) -> None:
+        """Refuses what only models of these architectures can do.
+
+        Raises:
+            ConfigError: the architecture is another.
+        """
+        if self.architecture not in architectures:
+            raise ConfigError(
+                f"{purpose} needs the architecture {' or '.join(architectures)}; {self.architecture} runs in PyTorch"
+            )
+
     def problems(self, training: bool = False, dtype: Dtype = "float32") -> tuple[ChunkSelect, ChunkAttention]:
-        """The problems that the model's operators pose, at inference or while training, on tensors of ``dtype``."""
+        """The problems that the model's operators pose, at inference or while training, on tensors of ``dtype``.
+
+        Raises:
+            ConfigError: the architecture does not use them.
+        """
+        self.require("building kernels", WITH_OPERATORS)
         top_k = self.train_top_k if training else self.top_k
         window = self.window if self.leave_window else 0
         heads, kv_heads, D, S = self.hsa_heads, self.hsa_kv_heads, self.hsa_head_dim, self.chunk_size

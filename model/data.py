@@ -12,13 +12,18 @@ import itertools
 import random
 import sqlite3
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hsa_compile.model.shards import Tokens
 
 KEY_LETTERS, VALUE_DIGITS = 1, 3
 PAIR_BYTES = len("{k:731}")
@@ -39,22 +44,35 @@ def load_text(path: str | Path | None = None) -> bytes:
     """
     if path is None:
         return _book()
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-        if not files:
-            raise DataError(f"no text files in {path}; looked for {', '.join(TEXT_SUFFIXES)}")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise DataError(f"no such file or directory: {path}")
-    text = b"\n".join(_read(file) for file in files)
+    text = b"\n".join(read_text(file) for file in text_files(path))
     if len(text) < MIN_TEXT_BYTES:
         raise DataError(f"{path} has {len(text)} bytes of text, training needs {MIN_TEXT_BYTES}; give a longer text")
     return text
 
 
-def _read(path: Path) -> bytes:
+def text_files(path: str | Path) -> list[Path]:
+    """The file, or all text files in a directory, by name.
+
+    Raises:
+        DataError: there are none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"no such file or directory: {path}")
+    files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
+    if not files:
+        raise DataError(f"no text files in {path}; looked for {', '.join(TEXT_SUFFIXES)}")
+    return files
+
+
+def read_text(path: Path) -> bytes:
+    """The UTF-8 text of a file.
+
+    Raises:
+        DataError: it cannot be read or is not text.
+    """
     try:
         text = path.read_bytes()
         text.decode("utf-8")
@@ -121,13 +139,17 @@ def _weave(rng: random.Random, text: bytes, inserts: list[bytes]) -> Iterator[tu
 class Sample:
     """One training sample: tokens [length + 1], and the weight [length] of the loss on each next token."""
 
-    ids: list[int]
-    weights: list[float]
+    ids: Sequence[int]
+    weights: Sequence[float]
 
 
-def text_sample(rng: random.Random, text: bytes, length: int) -> Sample:
-    """An excerpt, every byte of equal weight."""
-    return Sample(list(_excerpt(rng, text, length + 1)), [1.0] * length)
+def text_sample(rng: random.Random, text: bytes | Tokens, length: int) -> Sample:
+    """An excerpt, every byte or token of equal weight; from the start again where the text ends."""
+    if isinstance(text, bytes):
+        return Sample(list(_excerpt(rng, text, length + 1)), [1.0] * length)
+    start = rng.randrange(max(1, len(text) - length))
+    ids = text[start : start + length + 1]
+    return Sample(np.resize(ids, length + 1) if len(ids) <= length else ids, [1.0] * length)  # type: ignore[arg-type]
 
 
 def retrieval_sample(
@@ -197,5 +219,5 @@ def question(rng: random.Random, text: bytes, length: int, distractors: int) -> 
 
 def stack(samples: list[Sample]) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs int64 [B, L], targets int64 [B, L] and weights fp32 [B, L] of samples of one length."""
-    ids = torch.tensor([sample.ids for sample in samples])
+    ids = torch.from_numpy(np.stack([np.asarray(sample.ids, np.int64) for sample in samples]))
     return ids[:, :-1], ids[:, 1:], torch.tensor([sample.weights for sample in samples])

@@ -13,6 +13,7 @@ from torch import Tensor
 from hsa_compile.model.data import VALUE_DIGITS, load_text, question, split_text, stack, text_sample
 from hsa_compile.model.generate import generate
 from hsa_compile.model.model import HsaModel, sequence_loss
+from hsa_compile.model.shards import Tokens
 
 # Tokens of one batch: bounds the memory of a prefill, whatever the length.
 BATCH_TOKENS = 1 << 16
@@ -91,8 +92,8 @@ def _count_correct(model: HsaModel, questions: list[tuple[bytes, bytes]]) -> int
 
 
 @torch.no_grad()
-def text_loss(model: HsaModel, text: bytes, length: int, samples: int = 16, seed: int = 0) -> float:
-    """Mean cross-entropy in nats a byte on excerpts of ``length`` bytes."""
+def text_loss(model: HsaModel, text: bytes | Tokens, length: int, samples: int = 16, seed: int = 0) -> float:
+    """Mean cross-entropy in nats a token on excerpts of ``length`` tokens."""
     rng = random.Random(f"{seed} text")
     was_training = model.training
     model.eval()
@@ -102,5 +103,5 @@ def text_loss(model: HsaModel, text: bytes, length: int, samples: int = 16, seed
     return loss
 
 
-def _excerpts(rng: random.Random, text: bytes, length: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def _excerpts(rng: random.Random, text: bytes | Tokens, length: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
     return stack([text_sample(rng, text, length) for _ in range(samples)])

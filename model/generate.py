@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hsa_compile.model.model import HsaModel
-from hsa_compile.model.state import State
-
-
-def prefill(model: HsaModel, ids_BL: Tensor, segment: int = 512) -> tuple[Tensor, State]:
-    """Runs prompts through the model in segments.
-
-    Returns:
-        Logits [B, V] after the last token, and the state.
-
-    Raises:
-        ValueError: a prompt is empty, or the segment length is not positive.
-    """
-    if ids_BL.dim() != 2 or ids_BL.shape[1] < 1:
-        raise ValueError(f"prompts must be [B, L >= 1], got {list(ids_BL.shape)}; give at least one token")
-    if segment < 1:
-        raise ValueError(f"segment must be at least 1, got {segment}")
-    B, L = ids_BL.shape
-    state = model.start(B, capacity=L // model.config.chunk_size + 1)
-    logits = torch.empty(0)
-    for first in range(0, L, segment):
-        logits, state = model.step(ids_BL[:, first : first + segment], state)
-    return logits[:, -1], state
+from hsa_compile.model.prefill import SEGMENT, prefill
 
 
 def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -50,37 +29,57 @@ def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch
 
 def generate(
     model: HsaModel,
-    prompt_ids: list[int] | Tensor,
+    prompt_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
-    segment: int = 512,
+    stop_ids: Sequence[int] = (),
+    segment: int = SEGMENT,
 ) -> Iterator[Tensor]:
-    """Continues prompts of one length, token by token.
+    """Continues prompts, token by token.
 
     Args:
-        prompt_ids: one prompt as a list, or int64 [B, L].
+        prompt_ids: one prompt as a list, several of any lengths as a list of lists, or int64 [L] or [B, L].
         max_new_tokens: how many tokens to give.
         temperature: 0 takes the likeliest token.
         top_p: draw only from the smallest set of tokens of this probability.
         seed: makes the draws repeatable.
+        stop_ids: tokens that end a text; they and what would come after them are given as -1.
         segment: tokens a prefill segment.
 
     Yields:
-        int64 [B], the next token of every prompt, as soon as it is known.
+        int64 [B], the next token of every prompt, as soon as it is known; ends when every text has.
 
     Raises:
-        ValueError: the prompt is empty or an option is out of range.
+        ValueError: a prompt is empty or an option is out of range.
+        ConfigError: the architecture demands prompts of one length.
     """
     device = model.embedding.weight.device
-    ids = torch.as_tensor(prompt_ids, dtype=torch.int64, device=device)
+    ids, lengths = _padded(prompt_ids)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    logits, state = prefill(model, ids[None] if ids.dim() == 1 else ids, segment)
+    logits, state = prefill(model, ids.to(device), segment, lengths)
+    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
+    ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     for count in range(max_new_tokens):
         token = sample(logits, temperature, top_p, generator)
-        yield token
+        if len(stop_ids):
+            ended = ended | torch.isin(token, stops)
+            if ended.all():
+                return
+        yield token.masked_fill(ended, -1)
         if count + 1 < max_new_tokens:
             step_logits, state = model.step(token[:, None], state)
             logits = step_logits[:, -1]
+
+
+def _padded(prompt_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> tuple[Tensor, list[int] | None]:
+    """int64 [B, L], padded on the right, and the prompts' lengths where they differ."""
+    if isinstance(prompt_ids, Tensor) or not prompt_ids or isinstance(prompt_ids[0], int):
+        ids = torch.as_tensor(prompt_ids, dtype=torch.int64)
+        return (ids[None] if ids.dim() == 1 else ids), None
+    rows = [torch.as_tensor(row, dtype=torch.int64) for row in prompt_ids]
+    lengths = [len(row) for row in rows]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return padded, (lengths if len(set(lengths)) > 1 else None)

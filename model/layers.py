@@ -1,4 +1,4 @@
-"""Sliding-window layers and what they are made of.
+"""Transformer layers with sliding windows and what they are made of.
 
 Shape letters: B batch, L tokens of the segment, R tokens of the ring before it, T = R + L, W window, d model width,
 H query heads, Hkv key/value heads, D head width, N blocks of a blocked segment.
@@ -10,12 +10,14 @@ absolute position ever becomes a float, and no table grows with the length of th
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.rows import Ragged
 
 NORM_EPS = 1e-6
 
@@ -29,8 +31,9 @@ class RmsNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
-        if not plain or torch.compiler.is_exporting():
-            return super().forward(x)
+        if torch.compiler.is_exporting() or not plain:
+            # The result has the dtype of x: under autocast, queries and keys stay in the values' half precision.
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
         mean_square = torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1]
         return (x * self.weight) * torch.rsqrt(mean_square + NORM_EPS)
 
@@ -67,6 +70,16 @@ def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Tensor | None =
     return (scores.softmax(-1) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
 
 
+class Span(Protocol):
+    """What the layers of one call share: how a segment's tokens see each other and what was carried from before."""
+
+    def attend(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+        """[B, L, H, D] from unrotated queries of the segment and unrotated keys of what was carried and of it."""
+
+    def kept(self, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor]:
+        """What of the keys and values the next segment needs."""
+
+
 class SlidingWindow:
     """Attention of L tokens to the window before each, and what the layers of one call share for it.
 
@@ -76,9 +89,19 @@ class SlidingWindow:
     Args:
         ring: tokens before the segment whose keys are given, at most W - 1.
         length: tokens of the segment.
+        ragged: where rows are at different positions.
+        starts_BL: where rows are packed documents; there is no ring then.
     """
 
-    def __init__(self, config: ModelConfig, ring: int, length: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        ring: int,
+        length: int,
+        device: torch.device,
+        ragged: Ragged | None = None,
+        starts_BL: Tensor | None = None,
+    ) -> None:
         self.W, self.R, self.L = config.window, ring, length
         # The export holds for any length, and is meant for segments of about a window.
         self.blocked = not torch.compiler.is_exporting() and length > self.W
@@ -89,6 +112,9 @@ class SlidingWindow:
         j = torch.arange(keys, device=device)
         self.mask = (i >= j) & (i - j < self.W)
         self.first_query = keys - queries
+        self.ragged, self.starts = ragged, starts_BL
+        if not self.blocked:
+            self.mask = own_keys(self.mask, ring, ragged, starts_BL)
 
     def attend(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
         """[B, L, H, D] from unrotated queries and unrotated keys of the ring and the segment."""
@@ -107,13 +133,43 @@ class SlidingWindow:
         k_BNXHD = rotate(k_BNXHD, self.cos, self.sin)
         mask = self.mask.expand(B, blocks, 1, W, 2 * W).clone()
         mask[:, 0, ..., : W - self.R] = False  # before the first token there is only padding
+        if self.ragged is not None:
+            mask[:, 0] = own_keys(mask[:, 0], W, self.ragged, None, self.R)
+        if self.starts is not None:
+            key_NX = torch.arange(-W, W, device=mask.device) + W * torch.arange(blocks, device=mask.device)[:, None]
+            mask &= key_NX[:, None, None] >= F.pad(self.starts, (0, tail)).unflatten(1, (blocks, 1, W)).unsqueeze(-1)
         o = attend(q_BNWHD.flatten(0, 1), k_BNXHD.flatten(0, 1), v_BNXHD.flatten(0, 1), mask.flatten(0, 1))
         return o.reshape(B, blocks * W, *q_BLHD.shape[2:])[:, : self.L]
+
+    def kept(self, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor]:
+        """The last W - 1 tokens."""
+        if self.ragged is not None:
+            return self.ragged.last(k_BTHD, self.R, self.W - 1), self.ragged.last(v_BTHD, self.R, self.W - 1)
+        first = torch.sym_max(k_BTHD.shape[1] - (self.W - 1), 0)
+        return k_BTHD[:, first:].contiguous(), v_BTHD[:, first:].contiguous()
 
     def _with_previous(self, x_BTHD: Tensor, tail: int) -> Tensor:
         """[B, N, 2W, H, D]: every block of W tokens after the block before it."""
         x = F.pad(x_BTHD, (0, 0, 0, 0, self.W - self.R, tail))
         return torch.cat((x[:, : -self.W].unflatten(1, (-1, self.W)), x[:, self.W :].unflatten(1, (-1, self.W))), dim=2)
+
+
+def own_keys(
+    mask_LT: Tensor, carried: int, ragged: Ragged | None, starts_BL: Tensor | None, real: int | None = None
+) -> Tensor:
+    """The mask [L, T] (or [B, 1, L, T]) without keys that are padding or another document's.
+
+    Args:
+        carried: keys before the segment; of them only the last ones may be real.
+        real: how many of them hold tokens of some row; by default all.
+    """
+    key = torch.arange(mask_LT.shape[-1], device=mask_LT.device)
+    if ragged is not None:
+        count = ragged.carried(carried if real is None else real, mask_LT.device)
+        mask_LT = mask_LT & (key >= (carried - count)[:, None, None, None])
+    if starts_BL is not None:
+        mask_LT = mask_LT & (key >= starts_BL[:, None, :, None])
+    return mask_LT
 
 
 class Projections(nn.Module):
@@ -151,7 +207,7 @@ class SwiGlu(nn.Module):
 
 
 class SwaLayer(nn.Module):
-    """Pre-norm Transformer layer with sliding-window attention."""
+    """Pre-norm Transformer layer; the span says what its attention sees, by default a sliding window."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -161,11 +217,11 @@ class SwaLayer(nn.Module):
         self.mlp = SwiGlu(config.d_model, config.mlp_dim)
 
     def forward(
-        self, x_BLd: Tensor, window: SlidingWindow, ring_k_BRHD: Tensor | None = None, ring_v_BRHD: Tensor | None = None
+        self, x_BLd: Tensor, span: Span, ring_k_BRHD: Tensor | None = None, ring_v_BRHD: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's output [B, L, d], and the unrotated keys and values of ring and segment [B, R + L, Hkv, D]."""
         q, k, v = self.attention.split(self.norm(x_BLd))
         if ring_k_BRHD is not None and ring_v_BRHD is not None:
             k, v = torch.cat((ring_k_BRHD, k), dim=1), torch.cat((ring_v_BRHD, v), dim=1)
-        x = x_BLd + self.attention.merge(window.attend(q, k, v))
+        x = x_BLd + self.attention.merge(span.attend(q, k, v))
         return x + self.mlp(self.mlp_norm(x)), k, v

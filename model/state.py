@@ -7,22 +7,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.config import WITH_MAMBA, ModelConfig
+from hsa_compile.model.mamba import empty_state
 
 StepTensors = tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class State:
-    """State of B texts that advance in lock-step.
+    """State of B texts, in lock-step or each at its own position.
 
     Attributes:
         position: int64 [B], tokens seen.
         chunks: int64 [B], chunks in the memory.
         pending: [B, position mod S, d], hidden states of the unfinished chunk.
-        swa_k, swa_v: a pair a sliding-window layer, [B, min(position, W - 1), Hkv, D]; keys normed and not rotated.
+        swa_k, swa_v: a pair a layer. Sliding windows: [B, min(position, W - 1), Hkv, D], keys normed and not rotated.
+            Full and landmark attention: the same of every token. Mamba-2: the convolution's last inputs and the state.
         mem_k, mem_v: [B, capacity * S, Hkv, D], of which ``chunks * S`` rows are filled.
         landmark: [B, capacity, Hr, Dr], of which ``chunks`` rows are filled.
+        ragged: rows are at different positions; ``pending`` and rings are then padded on the left to the longest.
     """
 
     position: Tensor
@@ -33,6 +36,7 @@ class State:
     mem_k: Tensor
     mem_v: Tensor
     landmark: Tensor
+    ragged: bool = False
 
     @classmethod
     def empty(
@@ -47,16 +51,24 @@ class State:
         def count() -> Tensor:
             return torch.zeros(batch, dtype=torch.int64, device=device)
 
-        layers = c.lower_layers + c.upper_layers
+        layers = range(c.lower_layers + c.upper_layers)
+        if c.architecture in WITH_MAMBA:
+            carried = [empty_state(c, batch, dtype, device) for _ in layers]
+        else:
+            carried = [
+                (zeros(0, c.swa_kv_heads, c.swa_head_dim), zeros(0, c.swa_kv_heads, c.swa_head_dim)) for _ in layers
+            ]
+        if not c.has_memory:
+            capacity = 0
         return cls(
             position=count(),
             chunks=count(),
             pending=zeros(0, c.d_model),
-            swa_k=[zeros(0, c.swa_kv_heads, c.swa_head_dim) for _ in range(layers)],
-            swa_v=[zeros(0, c.swa_kv_heads, c.swa_head_dim) for _ in range(layers)],
+            swa_k=[first for first, _ in carried],
+            swa_v=[second for _, second in carried],
             mem_k=zeros(capacity * c.chunk_size, c.hsa_kv_heads, c.hsa_head_dim),
             mem_v=zeros(capacity * c.chunk_size, c.hsa_kv_heads, c.hsa_head_dim),
-            landmark=zeros(capacity, c.retrieval_heads, c.retrieval_dim),
+            landmark=zeros(capacity, *c.landmark_shape),
         )
 
     @property
@@ -79,7 +91,7 @@ class State:
         rows = capacity * S
         return State(
             self.position, self.chunks, self.pending, self.swa_k, self.swa_v,
-            _grown(self.mem_k, rows), _grown(self.mem_v, rows), _grown(self.landmark, capacity),
+            _grown(self.mem_k, rows), _grown(self.mem_v, rows), _grown(self.landmark, capacity), self.ragged,
         )  # fmt: skip
 
 

@@ -2,89 +2,43 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import math
-import random
+import shutil
+import signal
+import threading
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from hsa_compile.model.checkpoint import save_checkpoint
-from hsa_compile.model.config import PRESETS, ConfigError, ModelConfig
-from hsa_compile.model.data import Sample, load_text, retrieval_sample, split_text, stack, text_sample
+from hsa_compile.model.checkpoint import CheckpointError, save_checkpoint
+from hsa_compile.model.config import ConfigError
 from hsa_compile.model.evaluate import text_loss
+from hsa_compile.model.metrics import MetricsFile, matmul_rate, training_flops, watch_selections
 from hsa_compile.model.model import HsaModel, sequence_loss
+from hsa_compile.model.optimizer import learning_rate, make_optimizer
+from hsa_compile.model.parallel import World, join_world, shard, whole_model
 from hsa_compile.model.plot import plot_losses
+from hsa_compile.model.recipe import TrainConfig
+from hsa_compile.model.resume import STATES_NAME, load_state, read_state, save_state, states
+from hsa_compile.model.stream import Batches, load_corpus
 
-METRICS_NAME, PLOT_NAME = "metrics.jsonl", "loss.png"
+log = logging.getLogger("hsa_compile")
+
+METRICS_NAME, PLOT_NAME, TOKENIZER_NAME = "metrics.jsonl", "loss.png", "tokenizer.json"
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """A recipe. The defaults are the demo's: minutes on two CPU cores for the ``tiny`` preset.
-
-    Args:
-        out: directory of the checkpoint, metrics and plot.
-        model: the model's shape.
-        data: a text file or a directory of them; by default a book.
-        steps, batch, length: updates, samples an update, tokens a sample.
-        short_part, short_length: the first part of the updates is on samples of this length, as many tokens an update.
-            Finding a pair among few chunks comes much sooner, and carries over.
-        lr, min_lr, warmup: peak and last learning rate of a cosine schedule, and steps up to the peak.
-        weight_decay: of matrices; vectors and the embedding have none.
-        clip: largest norm of the gradient.
-        text_share: part of every batch that is plain text; the rest hides pairs and asks for them.
-        pairs: at most, in a retrieval sample of ``length`` tokens; fewer in short ones.
-        fill: part of a retrieval sample that is pairs and their repetitions.
-        answer_weight: of an answer's byte in the loss; a byte of text has 1.
-        eval_every: steps between held-out losses.
-        seed: of weights and data.
-        threads: CPU threads, 0 leaves PyTorch's.
-        device: where to train.
-        progress: show a progress bar.
-
-    Raises:
-        ConfigError: a value is out of range.
-    """
-
-    out: str = "runs/tiny"
-    model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
-    data: str | None = None
-    steps: int = 2000
-    batch: int = 8
-    length: int = 256
-    short_part: float = 0.5
-    short_length: int = 128
-    lr: float = 4e-3
-    min_lr: float = 2e-4
-    warmup: int = 100
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    text_share: float = 0.125
-    pairs: int = 16
-    fill: float = 0.7
-    answer_weight: float = 20.0
-    eval_every: int = 100
-    seed: int = 0
-    threads: int = 0
-    device: str = "cpu"
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "length", "short_length", "warmup", "pairs", "eval_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("short_part", "text_share", "fill"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in 0 … 1, got {getattr(self, name)}")
-        for name in ("lr", "clip", "answer_weight"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to change."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +46,11 @@ class TrainResult:
     """What training left: the model, where it lies, and how it went.
 
     Attributes:
-        losses: training loss of every step.
-        held_out: (step, nats a byte) on text that was not trained on.
-        interrupted: stopped by the user before the last step; the checkpoint is of what there was.
+        losses: training loss of every step, those before a continuation too.
+        held_out: (step, nats a token) on text that was not trained on.
+        seconds: of this call.
+        tokens_per_second: of all steps, held-out losses and saving not counted.
+        interrupted: stopped by a signal before the last step; the checkpoint is of what there was.
     """
 
     model: HsaModel
@@ -106,29 +62,58 @@ class TrainResult:
     interrupted: bool
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, resume: bool = False) -> TrainResult:
     """Trains a model and writes checkpoint, ``metrics.jsonl`` and ``loss.png`` to ``config.out``.
 
-    The same config gives the same weights on the same machine. On ``KeyboardInterrupt`` what was reached is saved.
+    The same config gives the same weights on the same machine, also when it was interrupted and resumed. On Ctrl-C and
+    SIGTERM the step is finished and saved; a second signal stops at once. Under ``torchrun`` the processes train one
+    model together, on the same batches as one would.
+
+    Args:
+        resume: go on from the newest training state in ``config.out``.
 
     Raises:
         DataError: the text cannot be used.
-        ConfigError: model and data do not fit.
+        ConfigError: model, data and recipe do not fit.
+        CheckpointError: there is nothing to resume, it is of another recipe or damaged, or saving failed.
+        TrainingError: the loss is not a number any more.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = _Run(config)
-    started = time.perf_counter()
-    try:
-        with _progress_bar(config.progress) as bar:
-            task = bar.add_task("training", total=config.steps, note="")
-            while run.step < config.steps:
-                run.update()
+    with join_world(config.device) as world:
+        run = _Run(config, world, resume)
+        started = time.perf_counter()
+        with _stop_signals(world) as signals, _progress_bar(config.progress and world.main) as bar:
+            task = bar.add_task("training", total=config.steps, completed=run.step, note="")
+            while run.step < config.steps and not run.interrupted:
+                run.update(stop=bool(signals))
                 note = f"loss {run.losses[-1]:.3f}  {run.tokens_per_second:,.0f} tokens/s"
-                bar.update(task, advance=1, note=note)
-    except KeyboardInterrupt:
-        run.interrupted = True
-    return run.finish(time.perf_counter() - started)
+                bar.update(task, completed=run.step, note=note)
+        return run.finish(started)
+
+
+@contextmanager
+def _stop_signals(world: World) -> Iterator[list[int]]:
+    """The signals that asked to stop. A second Ctrl-C stops at once, but not under ``torchrun``, which sends its own
+    after the terminal's."""
+    heard: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield heard  # only the main thread may listen
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def listen(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        if world.size == 1:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    for number in before:
+        signal.signal(number, listen)
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _progress_bar(shown: bool) -> Progress:
@@ -139,86 +124,147 @@ def _progress_bar(shown: bool) -> Progress:
 class _Run:
     """What training carries from step to step."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
-        self.text, self.held_out_text = split_text(load_text(config.data))
-        if config.model.vocab_size < 256:
-            raise ConfigError(f"training is on bytes: vocab_size must be at least 256, got {config.model.vocab_size}")
+    def __init__(self, config: TrainConfig, world: World, resume: bool) -> None:
+        self.config, self.world, self.out = config, world, Path(config.out)
+        if config.batch < config.accumulate * world.size:
+            raise ConfigError(
+                f"batch ({config.batch}) must be at least accumulate × processes ({config.accumulate} × {world.size})"
+            )
+        found = read_state(self.out) if resume else None
+        self.corpus = load_corpus(config)
+        self._check_start(None if found is None else found[1]["about"])
         torch.manual_seed(config.seed)
-        self.model = HsaModel(config.model).to(config.device).train()
-        self.optimizer = _optimizer(self.model, config)
-        self.rng = random.Random(config.seed)
-        self.step, self.interrupted = 0, False
-        self.losses: list[float] = []
-        self.held_out: list[tuple[int, float]] = []
-        self.seconds, self.tokens = 0.0, 0
-        self.out = Path(config.out)
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.metrics = (self.out / METRICS_NAME).open("w", encoding="utf-8")
+        self.model = HsaModel(config.model).to(world.device).train()
+        self.model.recompute = config.recompute
+        shard(self.model, world)
+        self.optimizer = make_optimizer(self.model, config)
+        self.batches = Batches(config, self.corpus.text)
+        self.step, self.seconds, self.tokens, self.flops = 0, 0.0, 0, 0
+        self.interrupted = False
+        if found is not None:
+            self._restore(*found)
+        self.metrics = MetricsFile(self.out / METRICS_NAME, self.step) if world.main else None
+        records = self.metrics.records if self.metrics else []
+        self.losses: list[float] = [record["loss"] for record in records]
+        self.held_out = [(record["step"], record["held_out_loss"]) for record in records if "held_out_loss" in record]
+        self.peak_rate = 0.0
+
+    def _check_start(self, about: dict[str, Any] | None) -> None:
+        """A continuation is of the same recipe and data; a start is not over an unfinished run."""
+        if about is None:
+            if found := states(self.out):
+                raise CheckpointError(
+                    f"{self.out} holds an unfinished training, saved at {found[-1].name}: continue it with --resume, "
+                    f"give another output, or remove {self.out / STATES_NAME}"
+                )
+            return
+        if changed := self.config.differences(TrainConfig.from_dict(about["recipe"])):
+            raise CheckpointError(
+                f"the training in {self.out} has another recipe (field: given, saved): {'; '.join(changed)}; "
+                "resume with the saved values, or train to another output"
+            )
+        if about["data"] != self.corpus.digest:
+            raise CheckpointError(f"the training in {self.out} was on other data; give it the same text to resume")
+
+    def _restore(self, path: Path, about: dict[str, Any]) -> None:
+        load_state(path, about, self.world, self.model, self.optimizer)
+        self.step, saved = about["step"], about["about"]
+        self.batches.restore(saved["stream"])
+        self.seconds, self.tokens, self.flops = saved["seconds"], saved["tokens"], saved["flops"]
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
 
-    def update(self) -> None:
-        """One step of the optimizer, and the held-out loss where it is due."""
+    def update(self, stop: bool) -> None:
+        """One step of the optimizer; held-out loss and training state where they are due.
+
+        Args:
+            stop: this is to be the last step.
+        """
         c, started = self.config, time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(c, self.step)
-        ids, targets, weights = self._batch()
-        loss = sequence_loss(self.model(ids), targets, weights)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        ids, targets, weights = self.batches.draw(self.step)
+        loss = self._gradients(ids, targets, weights)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step()
-        self.losses.append(loss.item())
+        # One exchange a step: the loss, and whether any process was told to stop, so that all stop at one step.
+        total, stops = self.world.sum([float(loss), float(stop)])
+        self.losses.append(total)
         self.step += 1
         self.tokens += ids.numel()
+        if c.model.architecture == "hsa":  # operations are counted of no other
+            self.flops += ids.shape[0] * training_flops(c.model, ids.shape[1])
         self.seconds += time.perf_counter() - started
-        record: dict[str, Any] = {"step": self.step, "loss": self.losses[-1], "grad_norm": float(norm)}
+        record: dict[str, Any] = {"step": self.step, "loss": total}
+        record["grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         record |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 3)}
         if self.step % c.eval_every == 0 or self.step == c.steps:
-            self.held_out.append((self.step, text_loss(self.model, self.held_out_text, c.length)))
-            record["held_out_loss"] = self.held_out[-1][1]
-        self.metrics.write(json.dumps(record) + "\n")
-        self.metrics.flush()
+            record |= self._evaluate()
+        if self.metrics:
+            self.metrics.write(record)
+        if not math.isfinite(total):
+            raise TrainingError(f"the loss of step {self.step} is {total}: lower lr or clip, or look at the data")
+        self.interrupted = stops > 0 and self.step < c.steps
+        if c.save_every and self.step < c.steps and (self.step % c.save_every == 0 or self.interrupted):
+            self._save()
 
-    def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        c = self.config
-        length = min(c.short_length, c.length) if self.step < c.short_part * c.steps else c.length
-        batch, pairs = c.batch * c.length // length, max(1, c.pairs * length // c.length)
-        plain = round(batch * c.text_share)
-        samples: list[Sample] = [text_sample(self.rng, self.text, length) for _ in range(plain)]
-        for _ in range(batch - plain):
-            samples.append(retrieval_sample(self.rng, self.text, length, pairs, c.fill, c.answer_weight))
-        ids, targets, weights = (x.to(c.device) for x in stack(samples))
-        return ids, targets, weights
+    def _gradients(self, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Adds up this process's gradients, part by part, and returns its share of the loss."""
+        c, world, device = self.config, self.world, self.world.device
+        total = weights.sum().to(device)
+        parts = [x.tensor_split(c.accumulate * world.size) for x in (ids, targets, weights)]
+        mine = range(world.rank * c.accumulate, (world.rank + 1) * c.accumulate)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for i in mine:
+            x, y, w = (part[i].to(device) for part in parts)
+            with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
+                loss = sequence_loss(self.model(x), y, w, total)
+            # Sharded gradients are averaged over the processes, each of which has a part of one sum.
+            (loss * world.size if world.size > 1 else loss).backward()
+            losses.append(loss.detach())
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
-    def finish(self, seconds: float) -> TrainResult:
-        """Writes checkpoint and plot of what there is."""
-        self.metrics.close()
-        self.model.eval()
-        recipe = {name: value for name, value in asdict(self.config).items() if name != "model"}
-        save_checkpoint(self.model, self.out, {"recipe": recipe, "steps": self.step, "interrupted": self.interrupted})
-        if self.losses:
-            plot_losses(self.out / PLOT_NAME, self.losses, self.held_out)
+    def _evaluate(self) -> dict[str, float]:
+        with watch_selections(self.model) as selections:
+            loss = text_loss(self.model, self.corpus.held_out, self.config.length)
+        self.held_out.append((self.step, loss))
+        if not self.peak_rate:
+            dtype = torch.bfloat16 if self.config.dtype == "bfloat16" else torch.float32
+            self.peak_rate = sum(self.world.sum([matmul_rate(self.world.device, dtype)]))
+        found = {"held_out_loss": loss, "tokens_per_second": round(self.tokens_per_second, 1)}
+        if self.flops:
+            rate = self.flops / max(self.seconds, 1e-9)
+            found |= {"mfu": round(rate / self.peak_rate, 4), "peak_flops": self.peak_rate}
+        if selections.slots:
+            found["empty_slots"] = round(selections.empty_share, 4)
+            found["selection_entropy"] = round(selections.mean_entropy, 4)
+        return found
+
+    def _save(self) -> None:
+        about = {
+            "recipe": self.config.to_dict(), "data": self.corpus.digest, "stream": self.batches.state(),
+            "seconds": self.seconds, "tokens": self.tokens, "flops": self.flops,
+        }  # fmt: skip
+        save_state(self.out, self.step, self.world, self.model, self.optimizer, about, self.config.keep)
+
+    def finish(self, started: float) -> TrainResult:
+        """Writes checkpoint and plot of what there is; a finished run needs its training states no more."""
+        model = whole_model(self.model, self.world).eval()
+        model.recompute = False
+        if self.metrics:
+            self.metrics.close()
+            recipe = {name: value for name, value in self.config.to_dict().items() if name != "model"}
+            save_checkpoint(model, self.out, {"recipe": recipe, "steps": self.step, "interrupted": self.interrupted})
+            if self.config.tokenizer is not None:
+                shutil.copyfile(self.config.tokenizer, self.out / TOKENIZER_NAME)
+            if self.losses:
+                plot_losses(self.out / PLOT_NAME, self.losses, self.held_out)
+            if not self.interrupted:
+                shutil.rmtree(self.out / STATES_NAME, ignore_errors=True)
+        seconds = time.perf_counter() - started
         return TrainResult(
-            self.model, self.out, self.losses, self.held_out, seconds, self.tokens_per_second, self.interrupted
+            model, self.out, self.losses, self.held_out, seconds, self.tokens_per_second, self.interrupted
         )
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine from ``lr`` down to ``min_lr``; ``step`` counts from 0."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def _optimizer(model: HsaModel, config: TrainConfig) -> torch.optim.AdamW:
-    decayed: list[Tensor] = []
-    plain: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        (decayed if parameter.dim() > 1 and not name.startswith("embedding") else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)

@@ -16,8 +16,6 @@ import logging
 import os
 import shlex
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +26,9 @@ import platformdirs
 
 import hsa_compile
 from hsa_compile.ir import Problem, problem_from_dict
-from hsa_compile.ir.programs import CpuTile, GpuTile
-from hsa_compile.schedules import cpu, gpu
-from hsa_compile.schedules.target import resolve, resolve_gpu
+from hsa_compile.schedules.choice import Tile, choose
+from hsa_compile.schedules.target import resolve_any
+from hsa_compile.schedules.worker import Worker, WorkerError
 
 log = logging.getLogger("hsa_compile")
 
@@ -123,6 +121,13 @@ def _version(package: str) -> str | None:
         return None
 
 
+def compiler_versions(target: str) -> dict[str, str]:
+    """Versions of what decides how fast a target's code is, by package."""
+    if target.startswith("cuda:"):
+        return {"tilelang": str(gpu_compiler_version())}
+    return {"apache-tvm": str(compiler_version())}
+
+
 def compiler_version() -> str | None:
     """Version of Apache TVM, which compiles for CPUs, or None where it is not installed."""
     return _version("apache-tvm")
@@ -147,36 +152,31 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-def _request(problem: Problem, pass_name: str, target: str) -> dict[str, object]:
-    """All that a build depends on.
+def build_request(
+    problem: Problem, pass_name: str, target: str, tile: Tile | None = None, length: int | None = None
+) -> dict[str, object]:
+    """All that a build depends on; ``tile`` and ``length`` as in ``build``.
 
     Raises:
         BuildError: the target has no kernels of this dtype.
+        ScheduleError: ``$HSA_COMPILE_SCHEDULE`` makes no sense.
         TargetError: the target is unknown.
     """
-    versions = {"hsa-compile": hsa_compile.__version__}
-    tile: CpuTile | GpuTile
-    if target.startswith("cuda:"):
-        if problem.dtype not in GPU_DTYPES:
-            raise BuildError(f"GPU kernels are {' or '.join(GPU_DTYPES)}; {problem.dtype} runs on the Triton path")
-        gpu_level = resolve_gpu(target)
-        name, tile = gpu_level.name, gpu.tile_for(problem, pass_name, gpu_level)
-        versions["tilelang"] = str(gpu_compiler_version())
-    else:
-        cpu_level = resolve(target)
-        name, tile = cpu_level.name, cpu.tile_for(problem, cpu_level)
-        versions["apache-tvm"] = str(compiler_version())
+    if target.startswith("cuda:") and problem.dtype not in GPU_DTYPES:
+        raise BuildError(f"GPU kernels are {' or '.join(GPU_DTYPES)}; {problem.dtype} runs on the Triton path")
+    level = resolve_any(target)
     return {
         "problem": problem.to_dict(),
         "pass": pass_name,
-        "target": name,
-        "tile": dataclasses.asdict(tile),
+        "target": level.name,
+        "tile": dataclasses.asdict(tile or choose(problem, pass_name, level.name, length).tile),
         "sources": _sources_digest(),
-        "versions": versions,
+        "versions": {"hsa-compile": hsa_compile.__version__, **compiler_versions(level.name)},
     }
 
 
-def _require_compilers(target: str) -> None:
+def require_compilers(target: str) -> None:
+    """Raises BuildError where a target's compilers are not installed."""
     if target.startswith("cuda:"):
         if gpu_compiler_version() is None:
             raise BuildError("TileLang is not installed; install it with: pip install 'hsa-compile[cuda]'")
@@ -187,25 +187,36 @@ def _require_compilers(target: str) -> None:
     compiler("C")
 
 
-def build(problem: Problem, pass_name: str = "forward", target: str = "cpu:native") -> Artifact:
+def build(
+    problem: Problem,
+    pass_name: str = "forward",
+    target: str = "cpu:native",
+    tile: Tile | None = None,
+    length: int | None = None,
+) -> Artifact:
     """Returns the kernel of a problem's pass, from the cache or newly built (a few seconds on a CPU, tens for a GPU).
 
     Safe to call from several threads and processes: the first builds, the others wait.
 
+    Args:
+        tile: sizes to build with. Default: those of the machine's tuning record, else the hand-picked ones.
+        length: tokens of the segments that the kernel is for, which picks among records; see ``choose``.
+
     Raises:
         BuildError: a dtype that is not compiled for the target, no compiler, a cache directory that can't be
             written, or a failed compilation.
+        ScheduleError: ``$HSA_COMPILE_SCHEDULE`` makes no sense.
         TargetError: the target is unknown.
     """
     if pass_name not in PASSES:
         raise ValueError(f"pass must be one of {PASSES}, got {pass_name!r}")
-    request = _request(problem, pass_name, target)
+    request = build_request(problem, pass_name, target, tile, length)
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24]
     directory = cache_directory() / "kernels" / key
     artifact = _load(directory)
     if artifact:
         return artifact
-    _require_compilers(target)
+    require_compilers(target)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(directory.with_suffix(".lock")):
@@ -254,16 +265,18 @@ def _build_into(directory: Path, request: dict[str, object]) -> Artifact:
     return artifact
 
 
+def compiler_module(target: str) -> str:
+    """Module of the worker process that compiles for a target."""
+    return f"hsa_compile.schedules.{'cuda' if target.startswith('cuda:') else 'cpu'}_worker"
+
+
 def _run_worker(request: dict[str, object], directory: Path) -> str:
     """Runs the compiler in a process of its own: two TVMs (TileLang brings one) can't share one, nor should a crash."""
-    worker = "cuda_worker" if str(request["target"]).startswith("cuda:") else "cpu_worker"
-    command = [sys.executable, "-m", f"hsa_compile.schedules.{worker}", str(directory)]
-    try:
-        done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, timeout=WORKER_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise BuildError(f"compiling {request['problem']} took over {WORKER_SECONDS} s and was stopped") from None
-    if done.returncode != 0:
-        raise BuildError(f"compiling {request['problem']} ({request['pass']}) failed:\n{done.stderr.strip()[-2000:]}")
-    return done.stdout.strip().splitlines()[-1]
+    with Worker(compiler_module(str(request["target"]))) as worker:
+        try:
+            return str(worker.ask({"directory": str(directory), "request": request}, WORKER_SECONDS)["symbol"])
+        except WorkerError as error:
+            what = f"{request['problem']} ({request['pass']})"
+            if error.kind == "hang":
+                raise BuildError(f"compiling {what} took over {WORKER_SECONDS} s and was stopped") from None
+            raise BuildError(f"compiling {what} failed:\n{worker.errors()[-1500:]}\n{error}") from None

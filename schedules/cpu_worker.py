@@ -1,14 +1,13 @@
-"""The compiler's process: ``python -m hsa_compile.schedules.cpu_worker DIRECTORY`` with a build request on its input.
+"""The compiler's process: ``python -m hsa_compile.schedules.cpu_worker`` answers requests of ``schedules/worker.py``.
 
-Writes program.o (LLVM), glue.c and glue.o (the C interface) and kernel.so there; prints the kernel's C symbol.
+A request names a directory and a build request; the answer is the kernel's C symbol. program.o (LLVM), glue.c and
+glue.o (the C interface) and kernel.so are written there.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from hsa_compile.ir.programs import CpuTile, Program
 from hsa_compile.schedules.builder import compiler
 from hsa_compile.schedules.glue import glue_source
 from hsa_compile.schedules.target import CpuTarget, resolve
+from hsa_compile.schedules.worker import serve
 
 HOST = Path(__file__).parent / "host"
 # The code is C functions over raw pointers: no packed calls and no device code, so of TVM's pipeline only what lowers
@@ -80,4 +80,4 @@ def main(directory: Path, request: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    print(main(Path(sys.argv[1]), json.load(sys.stdin)))
+    serve(lambda message: {"symbol": main(Path(message["directory"]), message["request"])})

@@ -1,12 +1,17 @@
-"""The hand-picked GPU schedules: sizes of the tiles for a problem and a target."""
+"""The hand-picked GPU schedules: sizes of the tiles for a problem, a pass and a target."""
 
 from __future__ import annotations
 
-from hsa_compile.ir import Problem
+from hsa_compile.ir import ChunkAttention, Problem
 from hsa_compile.ir.programs import GpuTile
+from hsa_compile.schedules.gpu_backward import attention_backward_tile
+from hsa_compile.schedules.gpu_forward import attention_tile
+from hsa_compile.schedules.gpu_select import select_tile
 from hsa_compile.schedules.target import GpuTarget
 
 
 def tile_for(problem: Problem, pass_name: str, target: GpuTarget) -> GpuTile:
-    """Tiles of a problem's pass."""
-    return GpuTile()
+    """Tiles of a problem's pass, for inputs of many tokens."""
+    if isinstance(problem, ChunkAttention):
+        return attention_tile(problem, target.arch) if pass_name == "forward" else attention_backward_tile(problem)
+    return select_tile(problem, target.arch, pass_name)

@@ -122,6 +122,15 @@ def resolve_gpu(name: str) -> GpuTarget:
     raise TargetError(f"unknown GPU target {name!r}; known: {_names(GPU_TARGETS)}")
 
 
+def resolve_any(name: str) -> CpuTarget | GpuTarget:
+    """The target of that name, ``cuda:`` or ``cpu:``.
+
+    Raises:
+        TargetError: unknown name, or cpu:native on a machine that nothing fits.
+    """
+    return resolve_gpu(name) if name.startswith("cuda:") else resolve(name)
+
+
 def gpu_target(capability: tuple[int, int]) -> GpuTarget | None:
     """The best target for a GPU of that compute capability, None where there is none."""
     return next((target for target in GPU_TARGETS if target.runs_on(capability)), None)

@@ -1,11 +1,14 @@
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from hsa_compile.dispatch import use_backend
 from hsa_compile.schedules.builder import compiler_version
+
+# What is tested must not hang on what was tuned on a machine; tests of records say otherwise.
+os.environ["HSA_COMPILE_SCHEDULE"] = "default"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,15 +28,23 @@ def light() -> Iterator[None]:
 
 
 @pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training draws no picture, which takes longer than a few steps of a small model."""
+    monkeypatch.setattr("hsa_compile.model.train.plot_losses", lambda path, *_: path.touch())
+
+
+@pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty gives tensors full of NaN (or a wild index), so that nothing that was left unwritten hides."""
-    real = torch.empty
+    """torch.empty and empty_like give tensors full of NaN (or a wild index), so that nothing that was left unwritten
+    hides."""
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
 
-    def poison(*args: object, **kwargs: object) -> torch.Tensor:
-        x = real(*args, **kwargs)  # type: ignore[call-overload]
-        return x.fill_(torch.nan if x.is_floating_point() else 2**30)
+        def poison(*args: object, real: Callable[..., torch.Tensor] = real, **kwargs: object) -> torch.Tensor:
+            x = real(*args, **kwargs)
+            return x.fill_(torch.nan if x.is_floating_point() else 2**30)
 
-    monkeypatch.setattr(torch, "empty", poison)
+        monkeypatch.setattr(torch, name, poison)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

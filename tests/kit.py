@@ -2,13 +2,56 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from hsa_compile.ir import ChunkAttention, ChunkSelect
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.recipe import TrainConfig
+from hsa_compile.model.stream import Batches
+
+LICENSE = Path(__file__).parents[1] / "LICENSE"  # a short text, at hand
+
+# Trains in milliseconds a step.
+SMALL = ModelConfig(
+    d_model=32, mlp_dim=64, lower_layers=1, upper_layers=1, swa_heads=2, swa_kv_heads=2, swa_head_dim=16, window=16,
+    chunk_size=8, hsa_heads=2, hsa_head_dim=16, retrieval_dim=16, top_k=2, train_top_k=2,
+)  # fmt: skip
+
+
+def small_recipe(out: Path, **changes: Any) -> TrainConfig:
+    """A recipe that learns something in 40 steps of ``SMALL``."""
+    fields: dict[str, Any] = {
+        "out": str(out), "data": str(LICENSE), "model": SMALL, "steps": 40, "batch": 4,
+        "length": 96, "short_length": 48, "warmup": 5,
+        "pairs": 2, "lr": 3e-3, "min_lr": 1e-4, "text_share": 0.25, "answer_weight": 10.0, "eval_every": 20,
+        "progress": False,
+    }  # fmt: skip
+    return TrainConfig(**fields | changes)
+
+
+@contextmanager
+def interrupted(step: int, number: int = signal.SIGINT) -> Iterator[None]:
+    """The signal comes while the batch of that step is drawn."""
+    draw = Batches.draw
+
+    def drawing(batches: Batches, at: int) -> tuple[Tensor, Tensor, Tensor]:
+        if at == step:
+            os.kill(os.getpid(), number)
+        return draw(batches, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batches, "draw", drawing)
+        yield
 
 
 def attention_inputs(

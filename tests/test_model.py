@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hsa_compile.model.config import ConfigError, ModelConfig, preset
-from hsa_compile.model.hsa import ChunkEncoder, HsaLayer, Memory, slot_weights
+from hsa_compile.model.encoder import ChunkEncoder, Memory
+from hsa_compile.model.hsa import HsaLayer, slot_weights
 from hsa_compile.model.layers import SlidingWindow, SwaLayer, attend, rotate, rotations
 from hsa_compile.model.model import HsaModel
 from kit import lively

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from hsa_compile import dispatch, ops
 from hsa_compile.ir import ChunkAttention, ChunkSelect
@@ -78,6 +79,42 @@ def test_half_precisions_run_eagerly(dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.float(), ops.chunk_attention(q, k, v, indices, weights, 4), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_narrows_tensors_and_leaves_weights_in_float32(compiled: bool) -> None:
+    q, k, v, indices, weights = _attention()
+    narrow = torch.nn.Linear(8, 8)
+
+    def f() -> torch.Tensor:
+        # A narrowed query beside wide keys and narrowed weights, as layers under autocast hand them over.
+        return ops.chunk_attention(narrow(q), k, v, indices, weights.bfloat16(), 4)
+
+    run = torch.compile(f, backend="aot_eager", fullgraph=True) if compiled else f
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = run()
+        indices_too, scores = ops.chunk_select(_select()[0].bfloat16(), *_select()[1:], *SELECT_OPTIONS)
+    assert o.dtype == torch.bfloat16
+    assert (indices_too.dtype, scores.dtype) == (torch.int32, torch.float32)
+    o.float().square().sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in (q, k, v, weights))  # type: ignore[union-attr]
+    want = ops.chunk_attention(narrow(q), k, v, indices, weights, 4)
+    torch.testing.assert_close(o.float(), want, atol=0.05, rtol=0.05)
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    def f(q_r: Any, landmark: Any, position: Any, chunks: Any, q: Any, k: Any, v: Any) -> torch.Tensor:
+        indices, scores = ops.chunk_select(q_r, landmark, position, chunks, *SELECT_OPTIONS)
+        return ops.chunk_attention(q, k, v, indices, scores.sigmoid(), 4).square()
+
+    def gradients(function: Any) -> list[torch.Tensor]:
+        leaves = [*_select(), *_attention()[:3]]
+        function(*leaves).sum().backward()
+        return [x.grad for x in leaves if x.requires_grad]
+
+    again = gradients(lambda *x: torch.utils.checkpoint.checkpoint(f, *x, use_reentrant=False))
+    for mine, theirs in zip(again, gradients(f)):
+        assert torch.equal(mine, theirs)
+
+
 def _changed(inputs: list[torch.Tensor], place: int, change: Any) -> list[torch.Tensor]:
     out = [x.detach().clone() for x in inputs]
     out[place] = change(out[place])
@@ -139,7 +176,7 @@ def test_backend_names_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     monkeypatch.setattr(dispatch, "_backend", None)
     monkeypatch.setenv("HSA_COMPILE_BACKEND", "fast")
-    with pytest.raises(ValueError, match="must be one of auto, compiled, eager, reference, got 'fast'"):
+    with pytest.raises(ValueError, match="must be one of auto, compiled, triton, eager, reference, got 'fast'"):
         dispatch.current_backend()
 
 
@@ -176,6 +213,6 @@ def test_asking_for_kernels_that_cannot_be_had_is_an_error(caplog: pytest.LogCap
     with (
         caplog.at_level(logging.WARNING),
         dispatch.use_backend("compiled"),
-        pytest.raises(RuntimeError, match=r"float32, float16 and bfloat16 on a CPU, not torch.float64"),
+        pytest.raises(RuntimeError, match=r"float32 or float16 or bfloat16 on cpu.*, not torch.float64"),
     ):
         ops.chunk_attention(q.double(), k.double(), v.double(), indices, weights.double(), 4)

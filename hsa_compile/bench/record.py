@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from hsa_compile.schedules.device import cpu_name
+
 RESULTS = Path("benchmarks/results")
 _PACKAGES = ("hsa-compile", "torch", "numpy", "onnxruntime", "apache-tvm", "tilelang", "triton", "fla-core")
 
@@ -52,17 +54,6 @@ def timed_gpu(run: Callable[[], object], milliseconds: float = 80.0) -> Timing:
     from triton.testing import do_bench
 
     return Timing(*do_bench(run, warmup=20, rep=milliseconds, quantiles=[0.5, 0.0, 1.0]))
-
-
-def cpu_name() -> str:
-    """The processor's full name and its cores."""
-    name = platform.processor() or platform.machine()
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        name = found.group(1) if found else name
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores"
 
 
 def device_folder(device: str = "cpu") -> str:

@@ -103,17 +103,32 @@ class GpuTile:
         stages: chunks (or blocks of tokens) that are loaded ahead.
         blocks: thread blocks that should fit on one multiprocessor.
         pairs: most (token, slot) pairs of one work item of a chunk.
+        slots: slots of one token that a thread block takes where tokens are few.
+        memory_stages: as ``stages``, of the pass that goes chunk by chunk.
+        memory_blocks: as ``blocks``, of that pass.
+        bound: tiles of landmarks, the newest, that a selection scores twice: first for a bound of the K-th best score.
+        split: blocks that a selection divides the landmarks among, for few queries; 0 for one block a tile of queries.
+        wgmma: use the matrix instructions and bulk copies of sm_90a instead of those of sm_80.
     """
 
     tokens: int = 8
     stages: int = 3
     blocks: int = 2
     pairs: int = 256
+    slots: int = 1
+    memory_stages: int = 3
+    memory_blocks: int = 3
+    bound: int = 1
+    split: int = 0
+    wgmma: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "stages", "blocks", "pairs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (
+            ("tokens", 1), ("stages", 1), ("blocks", 1), ("pairs", 1), ("slots", 1), ("memory_stages", 1),
+            ("memory_blocks", 1), ("bound", 0), ("split", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,124 @@
+"""Which order of search finds a fast tile after the fewest candidates: strategies, replayed on one table of timings.
+
+A random sample of each search space is built, checked and timed once, by the tuner itself; every strategy then searches
+that table, with many seeds. So all see the same timings, and noise can't favour one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from hsa_compile.bench.record import common_keys
+from hsa_compile.ir import ChunkAttention, ChunkSelect
+from hsa_compile.schedules.candidates import CpuLaboratory, Job
+from hsa_compile.schedules.choice import Tile
+from hsa_compile.schedules.costs import Workload
+from hsa_compile.schedules.strategies import NAMES, Strategy
+from hsa_compile.schedules.tuner import BATCH, Search, journal_for
+
+SEEDS = 50
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def default_jobs() -> list[Job]:
+    """A forward of the reference family, the tiny model's backward while it is trained, and a selection."""
+    return [
+        Job(ChunkAttention(16, 1, 64, 64, 8), "forward", "cpu:native", Workload(1, 1024, 16)),
+        Job(ChunkAttention(2, 1, 32, 16, 4), "backward", "cpu:native", Workload(1, 256, 16)),
+        Job(ChunkSelect(1, 1, 64, 64, 16), "forward", "cpu:native", Workload(1, 4096, 64)),
+    ]
+
+
+def run(
+    jobs: Sequence[Job], seconds: float, seed: int = 0, progress: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Times samples of the jobs' spaces for ``seconds`` in all (going on where the journals end), then replays."""
+    rows: list[dict[str, Any]] = []
+    with CpuLaboratory("cpu:native") as lab:
+        for job in jobs:
+            search = Search(job, lab, journal_for(job, lab), "random", seed)
+            name = f"{job.problem.op} {job.pass_name}, L {job.load.L}"
+            outcome = search.run(seconds / len(jobs), lambda share, line, name=name: progress(f"{name}: {line}"))  # type: ignore[misc]
+            shared = {
+                **common_keys("tuning", seed), "problem": job.problem.to_dict(), "pass": job.pass_name,
+                **dataclasses.asdict(job.load), "clock": outcome.clock, "threads": outcome.threads,
+                "space": outcome.space_size, "sampled": len(search.scores),
+            }  # fmt: skip
+            costs = {t: trial.seconds for trial in search.trials if (t := search.tile_of(trial)) is not None}
+            rows += [{**shared, **row} for row in replay(search, costs, BATCH * lab.workers)]
+    return rows
+
+
+def replay(search: Search, seconds: dict[Tile, float], batch: int, seeds: int = SEEDS) -> Iterator[dict[str, Any]]:
+    """Lines of the suite: for each strategy and number of candidates the median over seeds of the best time found."""
+    scores, base = search.scores, search.space.base
+    for name in NAMES:
+        orders = [_order(name, search, batch, seed) for seed in range(seeds)]
+        for count in COUNTS:
+            # A strategy that has run out has found what it will find.
+            cut = [order[:count] for order in orders]
+            if count > max(map(len, orders)):
+                break
+            best = [min(scores[tile] for tile in order) for order in cut]
+            yield {
+                "strategy": name, "candidates": count, "best_ms": statistics.median(best), "best_ms_min": min(best),
+                "best_ms_max": max(best), "default_ms": scores[base], "sample_best_ms": min(scores.values()),
+                "seconds": round(statistics.median(sum(seconds[tile] for tile in order) for order in cut), 1),
+            }  # fmt: skip
+
+
+def _order(name: str, search: Search, batch: int, seed: int) -> list[Tile]:
+    """The order in which a strategy would have tried the sample, the hand-picked tile first."""
+    base = search.space.base
+    strategy = Strategy(name, list(search.scores), search.estimate, seed)
+    seen = {base: search.scores[base]}
+    while proposed := strategy.propose(batch, seen):
+        seen |= {tile: search.scores[tile] for tile in proposed}
+    return list(seen)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Best time by candidates tried, over the best of the sample."""
+    counts = sorted({row["candidates"] for row in rows})
+    out = Table(title="Best time after so many candidates, over the sample's best", caption=f"median of {SEEDS} seeds")
+    for name in ("problem", "pass", "strategy"):
+        out.add_column(name)
+    for count in counts:
+        out.add_column(str(count), justify="right")
+    for key, group in _groups(rows).items():
+        cells = {row["candidates"]: f"{row['best_ms'] / row['sample_best_ms']:.3f}" for row in group}
+        out.add_row(*key, *(cells.get(count, "") for count in counts))
+    return out
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        name = f"{row['problem']['op']}, L {row['L']}"
+        groups.setdefault((name, row["pass"], row["strategy"]), []).append(row)
+    return groups
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """Best time over the sample's best by candidates tried; a panel a problem."""
+    from matplotlib.figure import Figure
+
+    groups = _groups(rows)
+    panels = list(dict.fromkeys(key[:2] for key in groups))
+    figure = Figure(figsize=(4 * len(panels), 3.5), layout="constrained")
+    for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for (problem, pass_name, strategy), group in groups.items():
+            if (problem, pass_name) == panel:
+                line = [(row["candidates"], row["best_ms"] / row["sample_best_ms"]) for row in group]
+                axis.plot(*zip(*line), marker="o", label=strategy)
+        axis.set(title=", ".join(panel), xlabel="candidates tried", ylabel="best time / sample's best", xscale="log")
+        axis.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,256 @@
+"""Launches the Triton programs on torch tensors; same signatures as ``hsa_compile.eager``. Importing it imports Triton.
+
+Tensors are on one CUDA device (or on a CPU under Triton's interpreter) in float32, float16 or bfloat16. Nothing waits
+for the device: grids and scratch follow from shapes alone. All results repeat to the bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
+
+from hsa_compile.ir import ChunkAttention, ChunkSelect
+from hsa_compile.ir.programs.triton import attention as attention_program
+from hsa_compile.ir.programs.triton import attention_backward as attention_backward_program
+from hsa_compile.ir.programs.triton import lists as lists_program
+from hsa_compile.ir.programs.triton import select as select_program
+from hsa_compile.ir.programs.triton import select_backward as select_backward_program
+from hsa_compile.schedules.triton import (
+    ITEM_PAIRS,
+    AttentionTile,
+    attention_tile,
+    power_of_two,
+    select_splits,
+    select_tile,
+)
+
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+__all__ = ["DTYPES", "OutOfResources", "attention", "attention_backward", "interpreted", "select", "select_backward"]
+LOG2_E = math.log2(math.e)
+
+
+def _on(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device's current stream: make that the tensor's device."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def interpreted() -> bool:
+    """Whether Triton was imported under TRITON_INTERPRET=1, which runs programs on CPU tensors, slowly."""
+    return not isinstance(lists_program.unite, JITFunction)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+class WorkItems(NamedTuple):
+    """The slots that selected each chunk; see ``ir/programs/triton/attention_backward.memory``."""
+
+    pairs: Tensor
+    start: Tensor
+    first: Tensor
+    owner: Tensor
+    owners: int
+
+
+def work_items(indices_BLHK: Tensor, C: int) -> WorkItems:
+    """Sorts the filled slots by (row of the batch, head, chunk), stably, and cuts every chunk's list into items."""
+    B, _, H, _ = indices_BLHK.shape
+    owners, slots = B * H * C, indices_BLHK.numel()
+    wide = torch.int64 if owners >= 2**31 - 1 else torch.int32
+    device = indices_BLHK.device
+    row = torch.arange(B * H, dtype=wide, device=device).view(B, 1, H, 1) * C
+    listed = (indices_BLHK >= 0) & (indices_BLHK < C)
+    key, pairs = torch.where(listed, indices_BLHK + row, owners).flatten().sort(stable=True)
+    start = torch.searchsorted(key, torch.arange(owners + 1, dtype=wide, device=device))
+    first = torch.zeros_like(start)
+    torch.cumsum((start.diff() + (ITEM_PAIRS - 1)).div(ITEM_PAIRS, rounding_mode="floor"), 0, out=first[1:])
+    most = min(slots, slots // ITEM_PAIRS + owners)
+    owner = torch.searchsorted(first[1:], torch.arange(most, device=device), right=True)
+    return WorkItems(pairs, start, first, owner, owners)
+
+
+def select(
+    q_r_BLHrDr: Tensor,
+    landmark_BCHrDr: Tensor,
+    position_B: Tensor,
+    chunks_B: Tensor,
+    kv_heads: int,
+    chunk_size: int,
+    top_k: int,
+    visible_lag: int,
+) -> tuple[Tensor, Tensor]:
+    """The K best visible chunks, newest first; a score of NaN is never among them."""
+    q_r, landmark = q_r_BLHrDr.contiguous(), landmark_BCHrDr.contiguous()
+    B, L, Hr, Dr = q_r.shape
+    C = landmark.shape[1]
+    problem = ChunkSelect(kv_heads, Hr, Dr, chunk_size, top_k, 0, DTYPES[q_r.dtype])  # type: ignore[arg-type]
+    indices = torch.empty((B, L, kv_heads, top_k), dtype=torch.int32, device=q_r.device)
+    scores = torch.empty((B, L, kv_heads, top_k), dtype=torch.float32, device=q_r.device)
+    if not indices.numel():
+        return indices, scores
+    tile = select_tile(problem, L)
+    splits = select_splits(problem, tile, B, L, C, _processors(q_r.device))
+    span = -(-max(C, 1) // (tile.columns * splits))
+    partial = (indices, scores)
+    if splits > 1:
+        shape = (splits, B, L, Hr, top_k)
+        partial = (torch.empty(shape, dtype=torch.int32, device=q_r.device), torch.empty(shape, device=q_r.device))
+    shared = {"HEADS": kv_heads // Hr, "TOP_K": top_k, "K_P": power_of_two(top_k)}
+    with _on(q_r):
+        select_program.forward[(triton.cdiv(L, tile.rows) * B * Hr, splits)](
+            q_r, landmark, position_B.contiguous(), chunks_B.contiguous(), *partial, L, C, visible_lag, span,
+            problem.scale, HR=Hr, **shared, D=Dr, BLOCK_D=tile.block_d, S=chunk_size, ROWS=tile.rows,
+            COLUMNS=tile.columns, SPLIT=splits > 1, PRECISION=tile.precision, num_warps=tile.warps,
+        )  # fmt: skip
+        if splits > 1:
+            select_program.merge[(B * L * Hr,)](
+                *partial, indices, scores, splits, problem.scale, **shared, CANDIDATES=power_of_two(splits * top_k)
+            )
+    return indices, scores
+
+
+def select_backward(
+    grad_scores_BLHkvK: Tensor, q_r_BLHrDr: Tensor, landmark_BCHrDr: Tensor, indices_BLHkvK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the selected scores to ``q_r`` and ``landmark``."""
+    q_r, landmark = q_r_BLHrDr.contiguous(), landmark_BCHrDr.contiguous()
+    B, L, Hr, Dr = q_r.shape
+    C, K = landmark.shape[1], indices_BLHkvK.shape[3]
+    if not q_r.numel() or not C:
+        return torch.zeros_like(q_r), torch.zeros_like(landmark)
+    grad = grad_scores_BLHkvK.float()
+    if grad.shape[2] != Hr:  # one selection shared by all kv heads
+        grad = torch.where(indices_BLHkvK >= 0, grad, 0.0).sum(2, keepdim=True)
+    grad, indices = grad.contiguous(), indices_BLHkvK[:, :, :Hr].contiguous()
+    d_q, d_landmark = torch.empty_like(q_r), torch.empty_like(landmark)
+    scale, block_d = 1.0 / math.sqrt(Dr), min(128, power_of_two(Dr, 16))
+    parts = triton.cdiv(Dr, block_d)
+    with _on(q_r):
+        rows = B * L * Hr
+        select_backward_program.queries[(triton.cdiv(rows, 16), parts)](
+            grad, landmark, indices, d_q, L, C, rows, scale, HR=Hr, D=Dr, TOP_K=K, ROWS=16, BLOCK_D=block_d
+        )
+        items = work_items(indices, C)
+        part = torch.empty((items.owner.numel(), Dr), device=q_r.device)
+        select_backward_program.landmarks[(items.owner.numel(), parts)](
+            grad, q_r, *items[:4], part, items.owners, scale, D=Dr, TOP_K=K, ITEM=ITEM_PAIRS, PAIRS_BLOCK=16,
+            BLOCK_D=block_d,
+        )  # fmt: skip
+        _add_items(part, items, d_landmark, C, 1)
+    return d_q, d_landmark
+
+
+def _add_items(part: Tensor, items: WorkItems, out_BTHD: Tensor, C: int, S: int) -> None:
+    H, D = out_BTHD.shape[2:]
+    block = min(2048, power_of_two(S * D))
+    attention_backward_program.add_items[(items.owners * triton.cdiv(S * D, block),)](
+        part, items.first, out_BTHD, C, H=H, S=S, D=D, BLOCK=block
+    )
+
+
+class _Call:
+    """What the passes of chunk attention share: sizes, constants of the kernels, union lists."""
+
+    def __init__(self, q: Tensor, k: Tensor, indices: Tensor, S: int, off_by_one: bool) -> None:
+        self.B, self.L, Hq, D = q.shape
+        self.H, self.K, self.C = k.shape[2], indices.shape[3], k.shape[1] // S
+        dtype: Any = DTYPES[q.dtype]
+        self.problem = ChunkAttention(Hq, self.H, D, S, self.K, off_by_one, dtype)
+        self.scales = (self.problem.scale, self.problem.scale * LOG2_E)
+        self.empty = not q.numel() or not k.numel()
+        self.sizes = {
+            "H": self.H, "G": self.problem.groups, "G_P": power_of_two(self.problem.groups), "D": D,
+            "D_P": power_of_two(D, 16), "S": S, "S_P": power_of_two(S, 16), "TOP_K": self.K, "OFF_BY_ONE": off_by_one,
+        }  # fmt: skip
+
+    def options(self, tile: AttentionTile) -> dict[str, Any]:
+        return {
+            **self.sizes, "TOKENS": tile.tokens, "PRECISION": tile.precision, "STAGES": tile.stages,
+            "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+
+    def programs(self, tile: AttentionTile) -> int:
+        return self.B * self.H * triton.cdiv(self.L, tile.tokens)
+
+    def lists(self, indices: Tensor, tile: AttentionTile) -> tuple[Tensor, Tensor]:
+        """The chunks of every tile of tokens, and how many they are."""
+        n = self.programs(tile)
+        lists = torch.empty((n, tile.tokens * self.K), dtype=torch.int32, device=indices.device)
+        counts = torch.empty(n, dtype=torch.int32, device=indices.device)
+        K_P = power_of_two(self.K)
+        lists_program.unite[(n,)](
+            indices, lists, counts, self.L, self.C, H=self.H, TOP_K=self.K, K_P=K_P, TOKENS=tile.tokens,
+            num_warps=max(1, min(4, tile.tokens * K_P // 128)),
+        )  # fmt: skip
+        return lists, counts
+
+
+def attention(
+    q_BLHqD: Tensor,
+    k_BTHkvD: Tensor,
+    v_BTHkvD: Tensor,
+    indices_BLHkvK: Tensor,
+    weights_BLHkvK: Tensor,
+    chunk_size: int,
+    off_by_one: bool,
+) -> Tensor:
+    """``hsa_compile.ops.chunk_attention``. A slot of weight 0 adds exactly nothing."""
+    call = _Call(q_BLHqD, k_BTHkvD, indices_BLHkvK, chunk_size, off_by_one)
+    if call.empty:
+        return torch.zeros_like(q_BLHqD, memory_format=torch.contiguous_format)
+    q, k, v, indices, weights = (x.contiguous() for x in (q_BLHqD, k_BTHkvD, v_BTHkvD, indices_BLHkvK, weights_BLHkvK))
+    o = torch.empty_like(q)
+    tile = attention_tile(call.problem, "forward")
+    with _on(q):
+        lists = call.lists(indices, tile)
+        attention_program.forward[(call.programs(tile),)](
+            q, k, v, indices, weights, *lists, o, call.L, call.C, call.scales[1], K_P=power_of_two(call.K),
+            **call.options(tile),
+        )  # fmt: skip
+    return o
+
+
+def attention_backward(
+    grad_o_BLHqD: Tensor,
+    q_BLHqD: Tensor,
+    k_BTHkvD: Tensor,
+    v_BTHkvD: Tensor,
+    indices_BLHkvK: Tensor,
+    weights_BLHkvK: Tensor,
+    chunk_size: int,
+    off_by_one: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to q, k, v and the weights."""
+    inputs = (grad_o_BLHqD, q_BLHqD, k_BTHkvD, v_BTHkvD, indices_BLHkvK, weights_BLHkvK)
+    grad_o, q, k, v, indices, weights = (x.contiguous() for x in inputs)
+    call = _Call(q, k, indices, chunk_size, off_by_one)
+    if call.empty:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(weights)
+    d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    d_w = torch.zeros_like(weights)  # empty slots are never visited
+    with _on(q):
+        tile = attention_tile(call.problem, "queries")
+        attention_backward_program.queries[(call.programs(tile),)](
+            grad_o, q, k, v, indices, weights, *call.lists(indices, tile), d_q, call.L, call.C, *call.scales,
+            K_P=power_of_two(call.K), **call.options(tile),
+        )  # fmt: skip
+        tile = attention_tile(call.problem, "memory")
+        items = work_items(indices, call.C)
+        parts = torch.empty((2, items.owner.numel(), chunk_size, q.shape[3]), device=q.device)
+        attention_backward_program.memory[(items.owner.numel(),)](
+            grad_o, q, k, v, weights, *items[:4], *parts, d_w, call.C, items.owners, *call.scales, ITEM=ITEM_PAIRS,
+            **call.options(tile),
+        )  # fmt: skip
+        _add_items(parts[0], items, d_k, call.C, chunk_size)
+        _add_items(parts[1], items, d_v, call.C, chunk_size)
+    return d_q, d_k, d_v, d_w

@@ -1,0 +1,189 @@
+"""Reading prompts: in segments, with the upper half on the last tokens alone, and again after a few tokens changed.
+
+The chunk memory depends on the lower half only, and each upper sliding-window layer sees W - 1 tokens back. So the last
+logits, and all that later tokens need, come from the memory and the lower half's last ``U * (W - 1) + 1`` outputs, U
+the upper layers. Likewise a changed token reaches the lower half's outputs within ``lower_layers * (W - 1)`` tokens
+after it, and only the chunks there are encoded again. Both are exact.
+
+Shape letters: B batch, L tokens, V vocabulary, d model width, S tokens a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hsa_compile.model.config import ConfigError, ModelConfig
+from hsa_compile.model.encoder import Memory
+from hsa_compile.model.model import HsaModel, Rings
+from hsa_compile.model.state import State
+
+SEGMENT = 512
+_WINDOWED = ("hsa", "nsa", "swa")
+
+
+def prefill(
+    model: HsaModel, ids_BL: Tensor, segment: int = SEGMENT, lengths: Sequence[int] | None = None
+) -> tuple[Tensor, State]:
+    """Runs prompts through the model in segments.
+
+    Args:
+        ids_BL: int64 [B, L]; shorter prompts are padded on the right with any token.
+        segment: tokens a step.
+        lengths: tokens of each prompt, 1 … L; by default all have L.
+
+    Returns:
+        Logits [B, V] after each prompt's last token, and the state.
+
+    Raises:
+        ValueError: a prompt is empty, or the segment length is not positive.
+    """
+    _check(ids_BL, segment)
+    B, L = ids_BL.shape
+    if lengths is not None and (len(lengths) != B or not all(1 <= n <= L for n in lengths)):
+        raise ValueError(f"prompts must have 1 to {L} tokens each, got lengths {list(lengths)} for {B} rows")
+    ragged = lengths is not None and min(lengths) < L
+    state = model.start(B, capacity=L // model.config.chunk_size + 1)
+    last = torch.empty(0)
+    for first in range(0, L, segment):
+        part = ids_BL[:, first : first + segment]
+        if not ragged or lengths is None:
+            logits, state = model.step(part, state)
+            last = logits[:, -1]
+            continue
+        taken = [min(max(n - first, 0), part.shape[1]) for n in lengths]
+        logits, state = model.step(part, state, taken)
+        ends = [b for b, n in enumerate(lengths) if first < n <= first + segment]
+        last = last if first else logits.new_empty(B, logits.shape[-1])
+        last[ends] = logits[ends, [lengths[b] - first - 1 for b in ends]]
+    return last, state
+
+
+def upper_reach(config: ModelConfig) -> int:
+    """Tokens at the end of a text whose upper half the last logits depend on: ``U * (W - 1) + 1``."""
+    return config.upper_layers * (config.window - 1) + 1
+
+
+def lower_reach(config: ModelConfig) -> int:
+    """Tokens after a token whose hidden states below the memory it reaches: ``lower_layers * (W - 1)``."""
+    return config.lower_layers * (config.window - 1)
+
+
+@torch.no_grad()
+def short_prefill(model: HsaModel, ids_BL: Tensor, segment: int = SEGMENT) -> tuple[Tensor, State]:
+    """``prefill`` with the upper half, and so the selection, on the last ``upper_reach`` tokens alone.
+
+    Returns:
+        Logits [B, V] after the last token, and the state; the same numbers as those of ``prefill``.
+
+    Raises:
+        ValueError: a prompt is empty, or the segment length is not positive.
+        ConfigError: the architecture's layers reach back without bound.
+    """
+    _check(ids_BL, segment)
+    _check_windows(model, "a short prefill")
+    B, L = ids_BL.shape
+    state = model.start(B, capacity=L // model.config.chunk_size + 1)
+    lower, tail = _LowerHalf(model, ids_BL, segment), state.pending
+    for x in lower:
+        tail = torch.cat((tail, x), dim=1)[:, -upper_reach(model.config) :]
+        if model.encoder is not None:
+            memory = Memory(state.mem_k, state.mem_v, state.landmark)
+            _, chunks, pending = model.remember(x, memory, state.chunks, state.pending)
+            state = replace(state, chunks=chunks, pending=pending)
+    return _finish(model, tail, lower, replace(state, position=state.position + L))
+
+
+@torch.no_grad()
+def patch(
+    model: HsaModel, ids_BL: Tensor, state: State, start: int, end: int, segment: int = SEGMENT
+) -> tuple[Tensor, State]:
+    """Logits and state of a text of which tokens ``start`` … ``end - 1`` were replaced since ``state`` was made.
+
+    Its cost is that of the changed tokens and of the reaches of both halves, whatever the length of the text.
+
+    Args:
+        ids_BL: int64 [B, L], the whole text as it is now; L is the position of ``state``.
+        state: after the text as it was; its memory is changed in place.
+
+    Returns:
+        Logits [B, V] after the last token, and the state; the same numbers as those of ``prefill``.
+
+    Raises:
+        ValueError: the range is empty or outside the text, or the text is not as long as what the state has seen.
+        ConfigError: the architecture's layers reach back without bound.
+    """
+    _check(ids_BL, segment)
+    _check_windows(model, "patching")
+    c, L = model.config, ids_BL.shape[1]
+    if state.ragged or state.position.tolist() != [L] * ids_BL.shape[0]:
+        raise ValueError(f"the state has seen {state.position.tolist()} tokens, the text has {list(ids_BL.shape)}")
+    if not 0 <= start < end <= L:
+        raise ValueError(f"tokens {start} … {end} are not a range of a text of {L}")
+    S = c.chunk_size
+    first, last = start // S, min(-(-(end + lower_reach(c)) // S), L // S)
+    if model.encoder is not None and first < last:
+        hidden, _ = _hidden(model, ids_BL[:, : last * S], first * S, segment)
+        new: Memory = model.encoder(hidden.unflatten(1, (last - first, S)))
+        for rows, encoded in zip((state.mem_k, state.mem_v), new[:2]):
+            rows[:, first * S : last * S] = encoded
+        state.landmark[:, first:last] = new.landmark
+    needed = max(upper_reach(c), L % S)
+    tail, lower = _hidden(model, ids_BL, max(0, L - needed), segment)
+    if model.encoder is not None:
+        state = replace(state, pending=tail[:, tail.shape[1] - L % S :].contiguous())
+    return _finish(model, tail[:, -upper_reach(c) :], lower, state)
+
+
+def _check(ids_BL: Tensor, segment: int) -> None:
+    if ids_BL.dim() != 2 or ids_BL.shape[1] < 1:
+        raise ValueError(f"prompts must be [B, L >= 1], got {list(ids_BL.shape)}; give at least one token")
+    if segment < 1:
+        raise ValueError(f"segment must be at least 1, got {segment}")
+
+
+def _check_windows(model: HsaModel, what: str) -> None:
+    if model.config.architecture not in _WINDOWED:
+        raise ConfigError(
+            f"{what} needs layers that see a window, as {', '.join(_WINDOWED)} have; {model.config.architecture} does "
+            "not: use prefill"
+        )
+
+
+class _LowerHalf:
+    """Hidden states [B, l, d] below the memory of one segment of a text after the other; ``k`` and ``v`` are the lower
+    layers' rings after the last one."""
+
+    def __init__(self, model: HsaModel, ids_BL: Tensor, segment: int) -> None:
+        self.model, self.ids, self.segment = model, ids_BL, segment
+        empty, n = model.start(ids_BL.shape[0]), model.config.lower_layers
+        self.k, self.v = empty.swa_k[:n], empty.swa_v[:n]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for first in range(0, self.ids.shape[1], self.segment):
+            part = self.ids[:, first : first + self.segment]
+            rings = Rings(self.k, self.v, self.model.span(self.k[0].shape[1], part.shape[1]))
+            x = self.model.lower_half(part, rings)
+            self.k, self.v = rings.new_k, rings.new_v
+            yield x
+
+
+def _hidden(model: HsaModel, ids_BL: Tensor, first: int, segment: int) -> tuple[Tensor, _LowerHalf]:
+    """Hidden states below the memory of tokens ``first`` … L - 1, and the lower half after them."""
+    begin = max(0, first - lower_reach(model.config))
+    lower = _LowerHalf(model, ids_BL[:, begin:], segment)
+    return torch.cat(list(lower), dim=1)[:, first - begin :], lower
+
+
+def _finish(model: HsaModel, tail_BLd: Tensor, lower: _LowerHalf, state: State) -> tuple[Tensor, State]:
+    """The upper half on the last hidden states of a text, and its logits after the last."""
+    n, L = model.config.lower_layers, tail_BLd.shape[1]
+    empty = model.start(tail_BLd.shape[0])
+    rings = Rings(empty.swa_k[n:], empty.swa_v[n:], model.span(0, L))
+    memory = Memory(state.mem_k, state.mem_v, state.landmark)
+    x = model.upper_half(tail_BLd, rings, memory, state.position - L, state.chunks)
+    logits = model.logits(x[:, -1:], rings.span)[:, 0]
+    return logits, replace(state, swa_k=[*lower.k, *rings.new_k], swa_v=[*lower.v, *rings.new_v])
