@@ -13,17 +13,15 @@ from tvm.script import tirx as T
 from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import CpuTile, Program
 from hsa_compile.ir.programs.cpu.blocks import product, softmax_row, transpose
-from hsa_compile.ir.programs.cpu.stages import each_token_tile, many_tokens, stage, token_tiles
-from hsa_compile.ir.programs.cpu.tiles import Layout, pack_rows, walk_chunks, write_sums
+from hsa_compile.ir.programs.cpu.layout import AttentionLayout, many_tokens
+from hsa_compile.ir.programs.cpu.stages import each_token_tile, stage, token_tiles
+from hsa_compile.ir.programs.cpu.tiles import pack_rows, walk_chunks, write_sums
 from hsa_compile.ir.programs.cpu.token_attention import slot_stage, sum_stage
 
 TENSORS = ("q", "k", "v", "indices", "weights", "o")
-WORKSPACE = (
-    "queries", "keys", "values", "logits", "sums", "target", "keys_t", "weight", "chunk", "head", "next", "found",
-)  # fmt: skip
 
 
-def load_chunk(lay: Layout) -> Any:
+def load_chunk(lay: AttentionLayout) -> Any:
     """Packs a chunk's keys, transposed, and its values."""
     Hkv, D, S = lay.problem.kv_heads, lay.problem.head_dim, lay.problem.chunk_size
     pack_keys = transpose(lay.tile, D, lay.keys)
@@ -37,7 +35,7 @@ def load_chunk(lay: Layout) -> Any:
     return load
 
 
-def attend_rows(lay: Layout) -> Any:
+def attend_rows(lay: AttentionLayout) -> Any:
     """sums[target] += weight * softmax(queries · keys_t) · values, for gathered rows."""
     D, S, KEYS, MR = lay.problem.head_dim, lay.problem.chunk_size, lay.keys, lay.tile.row_block
     score = product(lay.tile, KEYS, lay.width)
@@ -57,7 +55,7 @@ def attend_rows(lay: Layout) -> Any:
 
 def program(problem: ChunkAttention, tile: CpuTile) -> Program:
     """The forward pass: a unit for every kv head of every tile of tokens, or for every slot of a few tokens."""
-    lay = Layout(problem, tile)
+    lay = AttentionLayout(problem, tile)
     walk = walk_chunks(lay, load_chunk(lay), attend_rows(lay), gradients=False)
     write = write_sums(lay)
 
@@ -68,7 +66,7 @@ def program(problem: ChunkAttention, tile: CpuTile) -> Program:
 
     heads = problem.kv_heads
     compute = each_token_tile(heads, tile.tokens, attend)
-    names = (*TENSORS, *(name for name in WORKSPACE if name != "keys"))
-    tiles = stage("tiles", many_tokens(tile.few, token_tiles(heads, tile.tokens)), compute, lay.regions(*names))
-    stages = (tiles, slot_stage(lay), sum_stage(lay))
-    return Program(TENSORS, lay.regions("parts"), lay.regions(*WORKSPACE), stages)
+    workspace = lay.workspace("forward")
+    units = many_tokens(tile.few, token_tiles(heads, tile.tokens))
+    tiles = stage("tiles", units, compute, lay.regions(*TENSORS) + workspace)
+    return Program(TENSORS, lay.regions("parts"), workspace, (tiles, slot_stage(lay), sum_stage(lay)))

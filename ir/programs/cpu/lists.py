@@ -9,9 +9,9 @@ from typing import Any
 from tvm.script import tirx as T
 
 from hsa_compile.ir.programs.cpu.blocks import any_lane
+from hsa_compile.ir.programs.cpu.layout import QUEUE
 
 NO_KEY = -(2**31)  # below that of every score
-QUEUE = 4  # candidates that a lane holds back, so that they pass its list together
 
 
 def key_of(score) -> Any:

@@ -8,11 +8,11 @@ from typing import Any
 from tvm.script import tirx as T
 
 from hsa_compile.ir.operators import ChunkSelect
-from hsa_compile.ir.programs import CpuTile, Program, Region, Stage
+from hsa_compile.ir.programs import CpuTile, Program, Stage
 from hsa_compile.ir.programs.cpu.blocks import add_row, clear, store_row
+from hsa_compile.ir.programs.cpu.layout import SelectLayout
 from hsa_compile.ir.programs.cpu.pairs import each_chunk, pair_regions, pair_stage
-from hsa_compile.ir.programs.cpu.select import tensor_regions
-from hsa_compile.ir.programs.cpu.stages import regions, stage
+from hsa_compile.ir.programs.cpu.stages import stage
 
 TENSORS = ("grad_scores", "q_r", "landmark", "indices", "d_q_r", "d_landmark")
 
@@ -31,22 +31,18 @@ def slot_gradient(problem: ChunkSelect) -> Any:
     return gradient
 
 
-def row_region(problem: ChunkSelect, tile: CpuTile) -> tuple[Region, ...]:
-    """Workspace: a row of sums, in float32 whatever is stored."""
-    return tuple(regions("float32", sums=tile.pad(problem.retrieval_dim)).values())
-
-
-def query_stage(problem: ChunkSelect, tile: CpuTile) -> Stage:
+def query_stage(lay: SelectLayout) -> Stage:
     """dq_r, a unit for every token."""
-    Hkv, Hr, Dr, K = problem.kv_heads, problem.retrieval_heads, problem.retrieval_dim, problem.top_k
+    p, tile = lay.problem, lay.tile
+    Hkv, Hr, Dr, K = p.kv_heads, p.retrieval_heads, p.retrieval_dim, p.top_k
     zero, add, store = clear(tile, 0.0), add_row(tile, Dr), store_row(tile, Dr)
-    gradient = slot_gradient(problem)
+    gradient = slot_gradient(p)
 
     @T.inline
     def gather_landmarks(token, m):
         g = T.alloc_buffer((1,), "float32", scope="local")
         for r in T.serial(Hr):
-            zero(m.sums, tile.pad(Dr))
+            zero(m.sums, lay.width)
             for s in T.serial(K):
                 c = m.indices[(token * Hkv + r * (Hkv // Hr)) * K + s]
                 if c >= 0:
@@ -54,21 +50,21 @@ def query_stage(problem: ChunkSelect, tile: CpuTile) -> Stage:
                     add(m.sums, 0, m.landmark, ((token // m.L * m.C + c) * Hr + r) * Dr, g[0])
             store(m.d_q_r, (token * Hr + r) * Dr, m.sums, 0)
 
-    names = ("grad_scores", "landmark", "indices", "d_q_r")
-    tensors = tuple(tensor_regions(problem)[name] for name in names)
-    return stage("queries", "B * L", gather_landmarks, tensors + row_region(problem, tile))
+    names = ("grad_scores", "landmark", "indices", "d_q_r", "sums")
+    return stage("queries", "B * L", gather_landmarks, lay.regions(*names))
 
 
-def landmark_stage(problem: ChunkSelect, tile: CpuTile) -> Stage:
+def landmark_stage(lay: SelectLayout) -> Stage:
     """dlandmark, a unit for every retrieval head of every chunk."""
-    Hr, Dr, K = problem.retrieval_heads, problem.retrieval_dim, problem.top_k
+    p, tile = lay.problem, lay.tile
+    Hr, Dr, K = p.retrieval_heads, p.retrieval_dim, p.top_k
     zero, add, store = clear(tile, 0.0), add_row(tile, Dr), store_row(tile, Dr)
-    gradient = slot_gradient(problem)
+    gradient = slot_gradient(p)
 
     @T.inline
     def gather_queries(m, b, r, c, first, last):
         g = T.alloc_buffer((1,), "float32", scope="local")
-        zero(m.sums, tile.pad(Dr))
+        zero(m.sums, lay.width)
         for i in T.serial(last - first):
             pair = T.cast(m.pairs[first + i], "int64")
             token = b * m.L + pair // K
@@ -76,18 +72,17 @@ def landmark_stage(problem: ChunkSelect, tile: CpuTile) -> Stage:
             add(m.sums, 0, m.q_r, (token * Hr + r) * Dr, g[0])
         store(m.d_landmark, ((b * m.C + c) * Hr + r) * Dr, m.sums, 0)
 
-    tensors = tuple(tensor_regions(problem)[name] for name in ("grad_scores", "q_r", "d_landmark"))
-    arguments = tensors + row_region(problem, tile) + pair_regions(Hr, K)
+    arguments = lay.regions("grad_scores", "q_r", "d_landmark", "sums") + pair_regions(Hr, K)
     return stage("landmarks", f"B * {Hr} * C", each_chunk(Hr, K, gather_queries), arguments)
 
 
 def program(problem: ChunkSelect, tile: CpuTile) -> Program:
     """The lists of pairs, then the queries' gradients, then the landmarks'."""
+    lay = SelectLayout(problem, tile)
     Hr, K = problem.retrieval_heads, problem.top_k
-    indices = tensor_regions(problem)["indices"]
     stages = (
-        pair_stage(Hr, problem.kv_heads, K, indices),
-        query_stage(problem, tile),
-        landmark_stage(problem, tile),
+        pair_stage(Hr, problem.kv_heads, K, *lay.regions("indices")),
+        query_stage(lay),
+        landmark_stage(lay),
     )
-    return Program(TENSORS, pair_regions(Hr, K), row_region(problem, tile), stages)
+    return Program(TENSORS, pair_regions(Hr, K), lay.workspace("backward"), stages)

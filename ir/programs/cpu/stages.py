@@ -11,9 +11,6 @@ from tvm.script import tirx as T
 
 from hsa_compile.ir.programs import Region, Stage
 
-# How values lie in memory: bfloat16 as integers, which every target loads and stores (blocks.widen, blocks.narrow).
-STORAGE = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
-
 _FUNCTION = """
 @T.prim_func(s_tir=True)
 def {symbol}({pointers}, B: T.int64, L: T.int64, C: T.int64, begin: T.int64, end: T.int64):
@@ -36,36 +33,16 @@ def stage(symbol: str, units: str, compute: Any, regions: tuple[Region, ...]) ->
     text = _FUNCTION.format(
         symbol=symbol,
         pointers=", ".join(f'{r.name}_: T.handle("{r.dtype}")' for r in regions),
-        buffers="; ".join(
-            # Python divides whole numbers by another sign.
-            f'{r.name} = T.decl_buffer(({r.elements.replace("/", "//")},), "{r.dtype}", data={r.name}_)'
-            for r in regions
-        ),
+        buffers="; ".join(f'{r.name} = T.decl_buffer(({_extent(r)},), "{r.dtype}", data={r.name}_)' for r in regions),
         names=", ".join(f"{r.name}={r.name}" for r in regions),
     )
     function = from_source(text, {"T": T, "compute": compute, "memory": SimpleNamespace}, s_tir=True)
     return Stage(symbol, function, units, tuple(r.name for r in regions))
 
 
-def regions(dtype: str, **elements: object) -> dict[str, Region]:
-    """Regions of one dtype by their names."""
-    return {name: Region(name, dtype, str(n)) for name, n in elements.items()}
-
-
-def few_tokens(few: int, units: str) -> str:
-    """Units of a stage that only runs when rows have at most ``few`` tokens."""
-    return f"(L <= {few} ? {units} : 0)"
-
-
-def many_tokens(few: int, units: str) -> str:
-    """Units of a stage that only runs when rows have more than ``few`` tokens."""
-    return f"(L <= {few} ? 0 : {units})"
-
-
-def few_elements(few: int, elements: str) -> str:
-    """A region's elements, ``elements`` for each token and at least so many when rows have at most ``few``, else none.
-    By a whole division, as these expressions have no conditions."""
-    return f"{elements} * ({few + 1} / (L + 1) * (L + 1))"
+def _extent(region: Region) -> str:
+    """Only its type counts, which offsets take over: what grows with the inputs needs 64 bits."""
+    return region.elements if region.elements.isdigit() else "T.int64(1 << 40)"
 
 
 def token_tiles(heads: int, tokens: int) -> str:

@@ -23,8 +23,9 @@ from hsa_compile.ir.programs.cpu.blocks import (
     store_row,
     transpose,
 )
-from hsa_compile.ir.programs.cpu.stages import few_tokens, stage
-from hsa_compile.ir.programs.cpu.tiles import Layout, pack_rows
+from hsa_compile.ir.programs.cpu.layout import AttentionLayout, few_tokens
+from hsa_compile.ir.programs.cpu.stages import stage
+from hsa_compile.ir.programs.cpu.tiles import pack_rows
 
 
 def softmax_columns(tile, rows, width, scale, off_by_one) -> Any:
@@ -56,7 +57,7 @@ def softmax_columns(tile, rows, width, scale, off_by_one) -> Any:
     return softmax
 
 
-def slot_stage(lay: Layout) -> Stage:
+def slot_stage(lay: AttentionLayout) -> Stage:
     """parts[slot] = weight * softmax(q·kᵀ)·v, a unit for every slot."""
     p, tile = lay.problem, lay.tile
     Hq, Hkv, D, S, K, G = p.q_heads, p.kv_heads, p.head_dim, p.chunk_size, p.top_k, p.groups
@@ -87,7 +88,7 @@ def slot_stage(lay: Layout) -> Stage:
     return stage("slots", few_tokens(tile.few, f"B * L * {Hkv * K}"), compute, lay.regions(*names))
 
 
-def sum_stage(lay: Layout) -> Stage:
+def sum_stage(lay: AttentionLayout) -> Stage:
     """o = the sum of a token's parts, a unit for every kv head of every token."""
     p, tile = lay.problem, lay.tile
     Hq, Hkv, D, K, G, WIDTH = p.q_heads, p.kv_heads, p.head_dim, p.top_k, p.groups, lay.width

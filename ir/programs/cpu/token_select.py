@@ -9,17 +9,11 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from hsa_compile.ir.operators import ChunkSelect
-from hsa_compile.ir.programs import CpuTile, Region
+from hsa_compile.ir.programs import Stage
 from hsa_compile.ir.programs.cpu.blocks import any_lane, copy_row, transposed_sums
+from hsa_compile.ir.programs.cpu.layout import SelectLayout, few_tokens
 from hsa_compile.ir.programs.cpu.lists import NO_KEY, key_of, newest_first
-from hsa_compile.ir.programs.cpu.stages import few_elements, regions
-
-
-def part_regions(problem: ChunkSelect, tile: CpuTile) -> dict[str, Region]:
-    """Scratch for the K best of each part of the landmarks: ``(unit*L + t)*K``."""
-    lists = few_elements(tile.few, f"B * {problem.retrieval_heads * tile.segments * problem.top_k}")
-    return regions("int32", part_best=lists, part_index=lists)
+from hsa_compile.ir.programs.cpu.stages import stage
 
 
 def insert(K) -> Any:
@@ -61,7 +55,7 @@ def score_landmarks(tile, width) -> Any:
     def score(new, queries, q, landmarks):
         sums = T.alloc_buffer((V * V,), "float32", scope="local")
         dots = T.alloc_buffer((V,), "float32", scope="local")
-        for i in T.unroll(V * V // V):
+        for i in T.unroll(V):
             for v in T.vectorized(V):
                 sums[i * V + v] = T.float32(0)
         for d in T.serial(width // V):
@@ -75,12 +69,11 @@ def score_landmarks(tile, width) -> Any:
     return score
 
 
-def scan_part(problem: ChunkSelect, tile: CpuTile, pack) -> Any:
-    """The K best of a part of the landmarks, of every token of a row; ``pack(m, b, r, c0, rows)`` packs landmarks."""
-    Hr, Dr, S, K, lag = (
-        problem.retrieval_heads, problem.retrieval_dim, problem.chunk_size, problem.top_k, problem.visible_lag,
-    )  # fmt: skip
-    V, WIDTH, PARTS = tile.lanes, tile.pad(problem.retrieval_dim), tile.segments
+def scan_stage(lay: SelectLayout, pack) -> Stage:
+    """The K best of a part of the landmarks, of every token of a row: those of token t of a unit lie at
+    ``(unit*L + t)*K``. ``pack(m, b, r, c0, rows)`` packs landmarks."""
+    p, tile, WIDTH, PARTS = lay.problem, lay.tile, lay.width, lay.tile.segments
+    Hr, Dr, S, K, lag, V = p.retrieval_heads, p.retrieval_dim, p.chunk_size, p.top_k, p.visible_lag, tile.lanes
     pack_row = copy_row(tile, Dr)
     clear, score, put = clear_list(K), score_landmarks(tile, WIDTH), insert(K)
 
@@ -95,7 +88,7 @@ def scan_part(problem: ChunkSelect, tile: CpuTile, pack) -> Any:
         low = T.min(unit % PARTS * part, visible)
         high = T.min(low + part, visible)
         for t in T.serial(m.L):
-            pack_row(m.queries_t, t * WIDTH, m.q_r, ((b * m.L + t) * Hr + r) * Dr, T.float32(1))
+            pack_row(m.queries, t * WIDTH, m.q_r, ((b * m.L + t) * Hr + r) * Dr, T.float32(1))
             clear(m.part_best, m.part_index, (unit * m.L + t) * K)
         for step in T.serial((high - low + V - 1) // V):
             c0 = low + ((high - low + V - 1) // V - 1 - step) * V
@@ -103,7 +96,7 @@ def scan_part(problem: ChunkSelect, tile: CpuTile, pack) -> Any:
             for t in T.serial(m.L):
                 list = (unit * m.L + t) * K
                 seen = T.cast(T.min(T.max(m.position[b] + t - lag, T.int64(0)) // S, high) - c0, "int32")
-                score(new, m.queries_t, t * WIDTH, m.landmarks)
+                score(new, m.queries, t * WIDTH, m.landmarks)
                 for v in T.vectorized(V):
                     new[v] = T.Select(v < seen, new[v], NO_KEY)
                 if any_lane(new[T.Ramp(0, 1, V)] > T.Broadcast(m.part_best[list + K - 1], V)):
@@ -112,12 +105,13 @@ def scan_part(problem: ChunkSelect, tile: CpuTile, pack) -> Any:
                     for back in T.serial(V):
                         put(m.part_best, m.part_index, list, m.seen[V - 1 - back], T.cast(c0 + V - 1 - back, "int32"))
 
-    return scan
+    names = ("q_r", "landmark", "position", "chunks", "queries", "landmarks", "seen", "part_best", "part_index")
+    return stage("scan", few_tokens(tile.few, f"B * {Hr * PARTS}"), scan, lay.regions(*names))
 
 
-def merge_parts(problem: ChunkSelect, tile: CpuTile, write) -> Any:
-    """Merges the parts of a token and writes its list; ``write(m, token, r, list, lane)``."""
-    Hr, K, PARTS = problem.retrieval_heads, problem.top_k, tile.segments
+def merge_stage(lay: SelectLayout, write) -> Stage:
+    """A token's list from those of its parts, a unit for each; ``write(m, token, r, list, lane)`` stores it."""
+    Hr, K, PARTS = lay.problem.retrieval_heads, lay.problem.top_k, lay.tile.segments
     clear, put, sort = clear_list(K), insert(K), newest_first(1, K)
 
     @T.inline
@@ -132,4 +126,5 @@ def merge_parts(problem: ChunkSelect, tile: CpuTile, write) -> Any:
         sort(m.best, m.best_index, 0)
         write(m, token, r, 0, 0)
 
-    return merge
+    names = ("indices", "scores", "best", "best_index", "part_best", "part_index")
+    return stage("merge", few_tokens(lay.tile.few, f"B * L * {Hr}"), merge, lay.regions(*names))
