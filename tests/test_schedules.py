@@ -1,6 +1,7 @@
 """Building and caching: what is rebuilt, what is refused, what is never half-written."""
 
 import concurrent.futures
+import ctypes
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.ir.programs import CpuTile
 from hsa_compile.schedules import BuildError, TargetError, build, builder, missing_features, resolve
+from hsa_compile.schedules.costs import split_bytes, workspace_bytes
 from hsa_compile.schedules.cpu import tile_for
 
 PROBLEM = ChunkSelect(1, 1, 8, 4, 2)
@@ -180,6 +182,33 @@ for target in CPU_TARGETS:
                 assert lower(program, "hsa", target).inspect_source("asm")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class KernelTable(ctypes.Structure):
+    """The part of ``hsa_kernel`` in ``schedules/host/kernel.h`` that tells a kernel's memory."""
+
+    _fields_ = (
+        ("abi", ctypes.c_int32), ("problem", ctypes.c_char_p), ("pass_name", ctypes.c_char_p),
+        ("tensors", ctypes.c_int32), ("stages", ctypes.c_int32), ("units", ctypes.c_void_p),
+        ("scratch_bytes", ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)),
+        ("workspace_bytes", ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)),
+    )  # fmt: skip
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("problem", [ChunkAttention(8, 2, 64, 64, 4), ChunkSelect(2, 2, 64, 16, 4)])
+def test_the_tuner_knows_the_memory_of_kernels(problem: ChunkAttention | ChunkSelect) -> None:
+    tile = tile_for(problem, resolve("cpu:native"))
+    tables = {}
+    for pass_name in ("forward", "backward"):
+        artifact = build(problem, pass_name)
+        tables[pass_name] = KernelTable.in_dll(ctypes.CDLL(str(artifact.library)), artifact.symbol)
+        workspace = tables[pass_name].workspace_bytes((ctypes.c_int64 * 3)(3, 8, 5))
+        assert 0 <= workspace - workspace_bytes(problem, pass_name, tile) < 20 * 64, "but for the regions' alignment"
+    lengths = (tile.few, 1, tile.few + 1)
+    scratch = [tables["forward"].scratch_bytes((ctypes.c_int64 * 3)(3, L, 5)) for L in lengths]
+    whole = 3 * split_bytes(problem, tile)
+    assert scratch == [whole, whole // tile.few, 0]
 
 
 @pytest.mark.needs_compiler
