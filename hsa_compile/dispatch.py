@@ -1,5 +1,8 @@
 """Which path computes an operator in PyTorch: a built kernel where one can be had, Triton on GPUs, else eager PyTorch.
 
+CPU kernels are built when they are first needed, in seconds. GPU kernels are used where they were built before
+(``hsa-compile build``) or are demanded: nvcc takes a minute, Triton serves at once.
+
 Kernels are picked by the length of a segment, from a few buckets, as tuning records say; where PyTorch is asked for
 deterministic algorithms, one kernel serves all lengths.
 
@@ -22,15 +25,12 @@ from torch import Tensor
 from hsa_compile import eager
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem, ProblemError, reference
 from hsa_compile.native import CudaKernel, Kernel
-from hsa_compile.schedules import BuildError, TargetError, bucket, build, choose, gpu_target
+from hsa_compile.schedules import BuildError, TargetError, bucket, build, choose, find, gpu_target
 from hsa_compile.schedules.choice import VARIABLE, Tile
 
 log = logging.getLogger("hsa_compile")
 
-KERNEL_DTYPES = {
-    "cpu": (torch.float32, torch.float16, torch.bfloat16),
-    "cuda": (torch.float16, torch.bfloat16),
-}
+KERNEL_DTYPES = {"cpu": (torch.float32, torch.float16, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
 Backend = Literal["auto", "compiled", "triton", "eager", "reference"]
 _backend: Backend | None = None
 
@@ -67,10 +67,12 @@ def _warn_once(reason: str) -> None:
 
 
 @functools.cache
-def _load(problem: Problem, pass_name: str, target: str, tile: Tile) -> Kernel | CudaKernel | str:
+def _load(problem: Problem, pass_name: str, target: str, tile: Tile, compile: bool) -> Kernel | CudaKernel | str:
     """The kernel, or why it can't be had; remembered, so that a missing compiler costs one look."""
     try:
-        artifact = build(problem, pass_name, target, tile)
+        artifact = (build if compile else find)(problem, pass_name, target, tile)
+        if artifact is None:
+            return f"no kernel is built for {problem} ({pass_name}); build it with: hsa-compile build"
         return CudaKernel(artifact) if target.startswith("cuda:") else Kernel(artifact)
     except (BuildError, ProblemError, OSError) as error:
         return str(error)
@@ -78,7 +80,7 @@ def _load(problem: Problem, pass_name: str, target: str, tile: Tile) -> Kernel |
 
 @functools.cache
 def _resolve(
-    problem: Problem, pass_name: str, target: str, length: int | None, schedule: str | None
+    problem: Problem, pass_name: str, target: str, length: int | None, compile: bool, schedule: str | None
 ) -> Kernel | CudaKernel | str:
     """The kernel of a bucket of lengths, None for the one that serves all. ``schedule`` is the variable's value, so
     that a change of it is seen."""
@@ -86,7 +88,7 @@ def _resolve(
         tile = choose(problem, pass_name, target, length).tile
     except TargetError as error:
         return str(error)
-    return _load(problem, pass_name, target, tile)
+    return _load(problem, pass_name, target, tile, compile)
 
 
 @functools.cache
@@ -169,12 +171,9 @@ def _by_definition(function: Callable[..., Any], problem: Problem, inputs: tuple
 
 
 def _kernel(problem: Problem, pass_name: str, q: Tensor) -> Kernel | CudaKernel | None:
-    """The built kernel, or None for the other paths. Slots of a row must be countable in 32 bits by a backward.
-
-    On GPUs kernels are built on demand alone ("compiled"): nvcc takes half a minute, Triton serves at once.
-    """
+    """The built kernel, or None for the other paths. Slots of a row must be countable in 32 bits by a backward."""
     backend = current_backend()
-    if backend in ("eager", "triton") or (backend == "auto" and q.is_cuda):
+    if backend in ("eager", "triton"):
         return None
     target = _target(q.device)
     found: Kernel | CudaKernel | str
@@ -184,12 +183,14 @@ def _kernel(problem: Problem, pass_name: str, q: Tensor) -> Kernel | CudaKernel 
         found = f"L*K = {slots} does not fit 32 bits"
     else:
         length = None if torch.are_deterministic_algorithms_enabled() else bucket(q.shape[1])
-        found = _resolve(problem, pass_name, target, length, os.environ.get(VARIABLE))
+        compile = backend == "compiled" or not q.is_cuda
+        found = _resolve(problem, pass_name, target, length, compile, os.environ.get(VARIABLE))
     if not isinstance(found, str):
         return found
     if backend == "compiled":
         raise BuildError(found)
-    _warn_once(found)
+    if not q.is_cuda:  # there the next path is the slow one; on GPUs Triton's follows
+        _warn_once(found)
     return None
 
 

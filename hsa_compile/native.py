@@ -56,7 +56,7 @@ class Kernel:
             raise MemoryError(f"no memory for the workspace of {self.artifact.problem}")
 
 
-class _CudaTable(ctypes.Structure):
+class CudaTable(ctypes.Structure):
     """``hsa_cuda_kernel`` of ``schedules/host/cuda_kernel.h``."""
 
     _fields_ = (
@@ -83,7 +83,7 @@ class CudaKernel:
     def __init__(self, artifact: Artifact) -> None:
         self.artifact = artifact
         self._library = ctypes.CDLL(str(artifact.library))
-        self._table = _CudaTable.in_dll(self._library, artifact.symbol)
+        self._table = CudaTable.in_dll(self._library, artifact.symbol)
         if self._table.abi != CUDA_ABI:
             raise OSError(f"{artifact.library} has interface {self._table.abi}, this version reads {CUDA_ABI}")
 

@@ -1,6 +1,6 @@
 """Schedules: how a program is tuned and lowered for a target, and the cache of what was built."""
 
-from hsa_compile.schedules.builder import Artifact, BuildError, build, cache_directory
+from hsa_compile.schedules.builder import Artifact, BuildError, build, cache_directory, find
 from hsa_compile.schedules.choice import Choice, ScheduleError, bucket, choose
 from hsa_compile.schedules.target import CpuTarget, GpuTarget, TargetError, gpu_target, missing_features, resolve
 
@@ -16,6 +16,7 @@ __all__ = [
     "build",
     "cache_directory",
     "choose",
+    "find",
     "gpu_target",
     "missing_features",
     "resolve",

@@ -1,7 +1,8 @@
 """Builds kernels: a worker process lowers the program and links it; the result lies in a cache named by its content.
 
-Nothing in this process imports a compiler. What a build depends on (problem, pass, tile sizes, target, sources,
-compiler versions) is hashed into its name, so a stale library can't be found, and a damaged one is built anew.
+Nothing in this process imports a compiler. What a kernel is (problem, pass, tile sizes, target, sources) is hashed into
+its name; which compilers made it stands beside it. A library of other sources can't be found, one of another compiler
+than is installed, or a damaged one, is built anew; where no compiler is installed, any compiler's serves.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ log = logging.getLogger("hsa_compile")
 PASSES = ("forward", "backward")
 GPU_DTYPES = ("float16", "bfloat16")
 MANIFEST = "manifest.json"
-WORKER_SECONDS = 300
+NOT_INSTALLED = "not installed"
+WORKER_SECONDS = 600
 
 
 class BuildError(RuntimeError):
@@ -124,8 +126,8 @@ def _version(package: str) -> str | None:
 def compiler_versions(target: str) -> dict[str, str]:
     """Versions of what decides how fast a target's code is, by package."""
     if target.startswith("cuda:"):
-        return {"tilelang": str(gpu_compiler_version())}
-    return {"apache-tvm": str(compiler_version())}
+        return {"tilelang": gpu_compiler_version() or NOT_INSTALLED}
+    return {"apache-tvm": compiler_version() or NOT_INSTALLED}
 
 
 def compiler_version() -> str | None:
@@ -164,6 +166,8 @@ def build_request(
     """
     if target.startswith("cuda:") and problem.dtype not in GPU_DTYPES:
         raise BuildError(f"GPU kernels are {' or '.join(GPU_DTYPES)}; {problem.dtype} runs on the Triton path")
+    if pass_name not in PASSES:
+        raise ValueError(f"pass must be one of {PASSES}, got {pass_name!r}")
     level = resolve_any(target)
     return {
         "problem": problem.to_dict(),
@@ -208,19 +212,16 @@ def build(
         ScheduleError: ``$HSA_COMPILE_SCHEDULE`` makes no sense.
         TargetError: the target is unknown.
     """
-    if pass_name not in PASSES:
-        raise ValueError(f"pass must be one of {PASSES}, got {pass_name!r}")
     request = build_request(problem, pass_name, target, tile, length)
-    key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24]
-    directory = cache_directory() / "kernels" / key
-    artifact = _load(directory)
+    directory = _directory(request)
+    artifact = _load(directory, request)
     if artifact:
         return artifact
     require_compilers(target)
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(directory.with_suffix(".lock")):
-            return _load(directory) or _build_into(directory, request)
+            return _load(directory, request) or _build_into(directory, request)
     except OSError as error:
         raise BuildError(
             f"cannot write to the kernel cache {directory.parent}: {error}; "
@@ -228,16 +229,38 @@ def build(
         ) from error
 
 
-def _load(directory: Path) -> Artifact | None:
-    """The artifact in a directory, or None if there is none that is whole."""
+def find(
+    problem: Problem, pass_name: str, target: str, tile: Tile | None = None, length: int | None = None
+) -> Artifact | None:
+    """The kernel that ``build`` would return, if it is built already; nothing is compiled.
+
+    Raises:
+        BuildError, ScheduleError, TargetError: as ``build``, of what it is asked for.
+    """
+    request = build_request(problem, pass_name, target, tile, length)
+    return _load(_directory(request), request)
+
+
+def _directory(request: dict[str, object]) -> Path:
+    """Where a kernel lies: whichever compilers made it, so that a machine without any finds it."""
+    what = {name: value for name, value in request.items() if name != "versions"}
+    return cache_directory() / "kernels" / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _load(directory: Path, request: dict[str, object]) -> Artifact | None:
+    """The artifact in a directory, or None if there is none that is whole and made by the compilers installed here."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text())
         for name, digest in manifest["files"].items():
             if hashlib.sha256((directory / name).read_bytes()).hexdigest() != digest:
                 raise ValueError(f"{name} has changed since it was built")
-        request = manifest["request"]
-        problem = problem_from_dict(request["problem"])
-        return Artifact(directory, problem, request["pass"], request["target"], manifest["symbol"])
+        made = manifest["request"]
+        for name, version in request["versions"].items():  # type: ignore[attr-defined]
+            if version not in (NOT_INSTALLED, made["versions"][name]):
+                log.info("building anew what %s %s made: %s is installed", name, made["versions"][name], version)
+                return None
+        problem = problem_from_dict(made["problem"])
+        return Artifact(directory, problem, made["pass"], made["target"], manifest["symbol"])
     except (FileNotFoundError, NotADirectoryError):
         if directory.is_dir():
             log.warning("cached kernel %s is incomplete; building it anew", directory.name)
@@ -259,7 +282,7 @@ def _build_into(directory: Path, request: dict[str, object]) -> Artifact:
         (building / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(building, directory)
-    artifact = _load(directory)
+    artifact = _load(directory, request)
     if artifact is None:
         raise BuildError(f"the kernel built in {directory} does not verify; is the disk full?")
     return artifact

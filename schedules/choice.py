@@ -54,10 +54,10 @@ def bucket(length: int) -> int:
     return 1 << (length.bit_length() - 1) // 2 * 2 if length > 0 else 0
 
 
-def default_tile(problem: Problem, pass_name: str, level: CpuTarget | GpuTarget) -> Tile:
-    """The hand-picked tile."""
+def default_tile(problem: Problem, pass_name: str, level: CpuTarget | GpuTarget, length: int | None = None) -> Tile:
+    """The hand-picked tile; on GPUs for segments of about ``length`` tokens, for long ones where it is None."""
     if isinstance(level, GpuTarget):
-        return gpu.tile_for(problem, pass_name, level)
+        return gpu.tile_for(problem, pass_name, level, length)
     return cpu.tile_for(problem, level)
 
 
@@ -99,8 +99,8 @@ def choose(
         TargetError: the target is unknown.
     """
     level = resolve_any(target)
-    default = default_tile(problem, pass_name, level)
     asked = os.environ.get(VARIABLE) or "tuned"
+    default = default_tile(problem, pass_name, level, None if asked == "default" else length)
     if asked == "default":
         return Choice(default, "default", f"{VARIABLE}=default asks for the hand-picked tile")
     if asked != "tuned":

@@ -10,8 +10,8 @@ from hsa_compile.schedules.gpu_select import select_tile
 from hsa_compile.schedules.target import GpuTarget
 
 
-def tile_for(problem: Problem, pass_name: str, target: GpuTarget) -> GpuTile:
-    """Tiles of a problem's pass, for inputs of many tokens."""
+def tile_for(problem: Problem, pass_name: str, target: GpuTarget, length: int | None = None) -> GpuTile:
+    """Tiles of a problem's pass, for segments of about ``length`` tokens; for long ones where it is None."""
     if isinstance(problem, ChunkAttention):
         return attention_tile(problem, target.arch) if pass_name == "forward" else attention_backward_tile(problem)
-    return select_tile(problem, target.arch, pass_name)
+    return select_tile(problem, target.arch, pass_name, length)

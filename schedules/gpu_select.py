@@ -9,30 +9,33 @@ MULTIPROCESSORS = 132  # of an H100; a token's landmarks are divided among all b
 # Shared memory of a multiprocessor that its blocks can use together, and the most of one block, in bytes.
 SHARED_MEMORY = {"sm_80": (164 << 10, 163 << 10), "sm_90a": (228 << 10, 227 << 10)}
 ALL = 1 << 20  # tiles, more than any memory has
+FEW = 256  # tokens of a segment below which a sequence has too few tiles of queries for the multiprocessors
 
 
-def select_tile(problem: ChunkSelect, arch: str, pass_name: str = "forward", decode: bool = False) -> GpuTile:
+def select_tile(problem: ChunkSelect, arch: str, pass_name: str = "forward", length: int | None = None) -> GpuTile:
     """Sizes for ``arch`` ("sm_80" or "sm_90a").
 
-    ``decode`` picks the form that divides the landmarks among blocks: for fewer than about a hundred tiles of 64
-    queries (``B * Hr * L / 64``) over more than a few thousand chunks.
+    Args:
+        length: tokens of a segment, about. Few are served by the form that divides the landmarks among blocks; None is
+            many.
     """
     if pass_name == "backward":
         return GpuTile(pairs=256)
     together, most = SHARED_MEMORY[arch]
     wide = problem.retrieval_dim > 256
-    if decode:
-        tile = GpuTile(tokens=16, stages=4, bound=1)
-        blocks = max(1, min(4, together // (shared_bytes(problem, tile) + 2048)))
-        return GpuTile(tokens=16, stages=4, blocks=blocks, bound=1, split=MULTIPROCESSORS * blocks)
     # Scoring every landmark twice costs less than cutting lists, up to where the scores' products are most of the time.
-    tile = GpuTile(tokens=64, stages=3, blocks=4, bound=4 if wide else ALL)
-    for tokens, stages in ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2)):
-        tile = GpuTile(tokens=tokens, stages=stages, blocks=1, bound=tile.bound)
+    bound = 4 if wide else ALL
+    sizes: tuple[tuple[int, int], ...] = ((64, 3), (64, 2), (32, 3), (32, 2), (16, 2))
+    if length is not None and length < FEW:
+        bound = 1
+        sizes = ((16, 4),) if length < 64 else sizes
+    for tokens, stages in sizes:
+        tile = GpuTile(tokens=tokens, stages=stages, blocks=1, bound=bound)
         if shared_bytes(problem, tile) <= most and (wide or shared_bytes(problem, tile) <= together // 3):
             break
     blocks = max(1, min(4, together // (shared_bytes(problem, tile) + 2048)))
-    return GpuTile(tokens=tile.tokens, stages=tile.stages, blocks=blocks, bound=tile.bound)
+    split = MULTIPROCESSORS * blocks if length is not None and length < FEW else 0
+    return GpuTile(tokens=tile.tokens, stages=tile.stages, blocks=blocks, bound=bound, split=split)
 
 
 def shared_bytes(problem: ChunkSelect, tile: GpuTile) -> int:

@@ -37,9 +37,9 @@ _UNUSED_WHEN_SPLIT = {
     "chunk_attention": ("tokens", "rows"),
     "chunk_select": ("row_block", "vector_block", "tokens", "landmarks"),
 }
-# A thread's buffers beyond this are no tile but a slip of the pen: the hand-picked ones take 0.2 to 0.7 MiB. So are
-# parts of a few tokens, of which the hand-picked ones have 0.02 to 2 MiB.
-WORKSPACE_LIMIT = 64 << 20
+# Beyond these, a tile is a slip of the pen: buffers of a thread, of which the hand-picked ones have 0.2 to 0.7 MiB, and
+# parts of a few tokens, 0.02 to 2 MiB.
+WORKSPACE_LIMIT, PARTS_LIMIT = 64 << 20, 256 << 20
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def space_for(problem: Problem, pass_name: str, target: str, length: int | None 
     level = resolve_any(target)
     gpu = isinstance(level, GpuTarget)
     choices = _GPU[pass_name] if gpu else _CPU[problem.op, pass_name]
-    return Space(problem, pass_name, level, length, default_tile(problem, pass_name, level), choices)
+    return Space(problem, pass_name, level, length, default_tile(problem, pass_name, level, length), choices)
 
 
 def refusal(problem: Problem, pass_name: str, tile: Tile, target: CpuTarget | GpuTarget) -> str | None:
@@ -129,6 +129,6 @@ def refusal(problem: Problem, pass_name: str, tile: Tile, target: CpuTarget | Gp
         return f"{tile.row_block} x {tile.vector_block} accumulators do not fit {target.registers} registers"
     if (size := workspace_bytes(problem, pass_name, tile)) > WORKSPACE_LIMIT:
         return f"a thread's buffers would take {size >> 20} MiB, more than {WORKSPACE_LIMIT >> 20}"
-    if (size := split_bytes(problem, tile)) > WORKSPACE_LIMIT:
-        return f"the parts of {tile.few} tokens would take {size >> 20} MiB, more than {WORKSPACE_LIMIT >> 20}"
+    if (size := split_bytes(problem, tile)) > PARTS_LIMIT:
+        return f"the parts of {tile.few} tokens would take {size >> 20} MiB, more than {PARTS_LIMIT >> 20}"
     return None

@@ -93,7 +93,7 @@ def select_inputs(
 
 def wide(x: Tensor) -> np.ndarray:
     """A tensor for the reference: half precisions, which NumPy has not all of, as float32."""
-    return (x.float() if x.is_floating_point() else x).numpy()
+    return (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).numpy()
 
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -115,8 +115,7 @@ def assert_as_good_as(
     """The error against the high-precision reference is at most twice that of the plain implementation in the same
     precision (``low``), plus a floor relative to the largest value; as a maximum and as a root mean square."""
     got, low, reference = (
-        np.asarray(wide(x) if isinstance(x, Tensor) and x.dtype != torch.float64 else x, dtype=np.float64)
-        for x in (got, low, reference)
+        np.asarray(wide(x) if isinstance(x, Tensor) else x, dtype=np.float64) for x in (got, low, reference)
     )
     assert got.shape == reference.shape
     assert np.isfinite(got).all(), "poison or garbage in the result"

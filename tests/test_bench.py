@@ -7,9 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hsa_compile import eager
+from hsa_compile.bench import verify
 from hsa_compile.bench.dense import DenseModel
 from hsa_compile.bench.record import common_keys, timed, write_suite
 from hsa_compile.bench.selections import synthetic_selection, union_ratio
+from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.model.config import ModelConfig
 
 
@@ -35,6 +38,29 @@ def test_overlap_is_as_stated() -> None:
 
 def test_no_chunks_no_selection() -> None:
     assert (synthetic_selection(1, 5, 1, 2, 16, "local") == -1).all()
+
+
+def test_verification_tells_wrong_kernels_from_right_ones() -> None:
+    p = ChunkAttention(4, 2, 16, 16, 3)
+    q, grad = torch.randn(2, 1, 300, 4, 16)
+    k, v = torch.randn(2, 1, 288, 2, 16)
+    inputs = (q, k, v, synthetic_selection(1, 300, 2, 3, 16, "local"), torch.rand(1, 300, 2, 3))
+    o = eager.attention(*inputs, 16, False)
+    gradients = eager.attention_backward(grad, *inputs, 16, False)
+    assert verify.attention_error(p, inputs, o) < 1e-5
+    assert verify.gradients_error(p, grad, inputs, gradients) < 1e-5
+    assert verify.attention_error(p, inputs, o.roll(1, 2)) > verify.TOLERANCE
+    assert verify.attention_error(p, inputs, o * torch.nan) > verify.TOLERANCE
+    for i, axis in enumerate((2, 1, 1, 3)):
+        wrong = [x.roll(1, axis) if i == j else x for j, x in enumerate(gradients)]
+        assert verify.gradients_error(p, grad, inputs, tuple(wrong)) > verify.TOLERANCE
+    s = ChunkSelect(1, 1, 16, 16, 4)
+    given = (torch.randn(1, 300, 1, 16), torch.randn(1, 18, 1, 16), torch.tensor([0]), torch.tensor([18]))
+    indices, scores = eager.select(*given, 1, 16, 4, 0)
+    assert verify.select_error(s, given, indices, scores) < 1e-5
+    assert verify.select_error(s, given, indices, scores * 0.9) > verify.TOLERANCE
+    assert verify.select_error(s, given, indices + 4, scores) == 1.0
+    assert verify.select_error(s, given, torch.where(indices == indices.amax(-1, True), -1, indices), scores) == 1.0
 
 
 def test_suites_replace_whole_files(tmp_path: Path) -> None:

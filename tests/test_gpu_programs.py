@@ -1,96 +1,175 @@
-"""The GPU programs of the forward lower and compile without a GPU; what they compute is checked by tests/gpu."""
+"""GPU programs lower, compile without spills, and compute their operator where a CPU emulates the GPU."""
 
 import importlib.util
+import itertools
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from hsa_compile.ir import ChunkAttention
-from hsa_compile.ir.programs import GpuTile
+sys.path.insert(0, str(Path(__file__).parent / "gpu"))
+from emulate import EmulatedKernel
+from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
+from hsa_compile.schedules import build
 from hsa_compile.schedules.gpu_forward import BLOCK_SHARED, attention_tile
+from hsa_compile.schedules.gpu_select import SHARED_MEMORY, select_tile, shared_bytes
+from inputs import (
+    SELECT_KINDS,
+    Tensors,
+    assert_as_good_as,
+    assert_selected,
+    attention_by_definition,
+    attention_inputs,
+    select_gradient_inputs,
+    select_gradients,
+    select_inputs,
+)
 
-GPU = Path(__file__).parent / "gpu"
-# TileLang cannot live in a process with Apache TVM, which other tests import: compile in a process of its own.
-WORKER = """
-import json, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from standalone import lower, nvcc
-from hsa_compile.ir import problem_from_dict
-from hsa_compile.ir.programs import GpuTile
-from hsa_compile.ir.programs.gpu import attention, decode
-request = json.load(sys.stdin)
-problem, tile = problem_from_dict(request["problem"]), GpuTile(**request["tile"])
-for launch in {"attention": attention, "decode": decode}[request["module"]].program(problem, tile).launches:
-    source = Path(launch.symbol + ".cu")
-    source.write_text(lower(launch, request["arch"])[0])
-    report = nvcc(source, source.with_suffix(".cubin"), request["arch"], True, "-cubin")
-    print(json.dumps({"symbol": launch.symbol, "instructions": "wgmma" in source.read_text(), **report}))
-"""
-needs_nvcc = pytest.mark.skipif(
+NAMES = ("o", "d_q", "d_k", "d_v", "d_w")
+SHAPES = ((2, 13, 5), (1, 1, 3), (1, 5, 0))  # B, L, C: no whole tile, one token, no chunk
+BF16: Any = {"dtype": "bfloat16"}
+PLAIN = ChunkAttention(4, 1, 64, 64, 2, **BF16)
+ODD = ChunkAttention(12, 4, 96, 32, 5, off_by_one=True, dtype="float16")
+SELECT = ChunkSelect(1, 1, 64, 64, 4, **BF16)
+SHARED = ChunkSelect(3, 1, 96, 16, 24, window=96, dtype="float16")
+slow = pytest.mark.slow
+needs_gpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("tilelang") is None or shutil.which("nvcc") is None, reason="needs tilelang and nvcc"
 )
-TUNED = ChunkAttention(16, 1, 64, 64, 8, dtype="bfloat16")
-ODD = ChunkAttention(12, 4, 96, 32, 5, off_by_one=True, dtype="float16")
 
 
-def compiled(directory: Path, problem: ChunkAttention, tile: GpuTile, module: str, arch: str) -> dict[str, dict]:
-    request = {"problem": problem.to_dict(), "tile": vars(tile), "module": module, "arch": arch}
-    done = subprocess.run(
-        [sys.executable, "-c", WORKER, str(GPU)],
-        input=json.dumps(request),
-        cwd=directory,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {r["symbol"]: r for r in reports}
+def _poison(*like: torch.Tensor) -> Tensors:
+    return tuple(torch.full_like(x, torch.nan) for x in like)
 
 
-@needs_nvcc
+def _forward(run: EmulatedKernel, p: ChunkAttention) -> None:
+    for seed, (B, L, C) in enumerate(SHAPES):
+        inputs = attention_inputs(p, B, L, C, getattr(torch, p.dtype), seed=seed)
+        (o,) = _poison(inputs[1])
+        run((*inputs[1:], o), B, L, C)
+        _judge(p, inputs, (o,), slice(0, 1))
+
+
+def _backward(run: EmulatedKernel, p: ChunkAttention) -> None:
+    for seed, (B, L, C) in enumerate(SHAPES):
+        inputs = attention_inputs(p, B, L, C, getattr(torch, p.dtype), seed=seed)
+        got = _poison(*inputs[1:4], inputs[5])
+        run((*inputs, *got), B, L, C)
+        _judge(p, inputs, got, slice(1, 5))
+
+
+def _judge(p: ChunkAttention, inputs: Tensors, got: Tensors, which: slice) -> None:
+    low = attention_by_definition(p, inputs, torch.float32, getattr(torch, p.dtype))
+    exact = attention_by_definition(p, inputs, torch.float64)
+    assert_as_good_as(NAMES[which], got, low[which], exact[which])
+
+
+def _select(run: EmulatedKernel, p: ChunkSelect) -> None:
+    for (B, L, C), kind in [((2, 70, 90), kind) for kind in SELECT_KINDS] + [((1, 3, 0), "random")]:
+        inputs = select_inputs(p, B, L, C, getattr(torch, p.dtype), kind, ragged=True)
+        slots = (B, L, p.kv_heads, p.top_k)
+        indices, scores = torch.full(slots, -77, dtype=torch.int32), torch.full(slots, torch.nan)
+        run((*inputs, indices, scores), B, L, C)
+        assert_selected(p, inputs, indices, scores, torch.arange(L), kind in ("ties", "zero"))
+
+
+def _select_backward(run: EmulatedKernel, p: ChunkSelect) -> None:
+    for B, L, C in ((2, 70, 20), (1, 5, 0)):
+        inputs = select_gradient_inputs(p, B, L, C, getattr(torch, p.dtype))
+        got = _poison(*inputs[1:3])
+        run((*inputs, *got), B, L, C)
+        low = select_gradients(p, inputs, torch.float32, getattr(torch, p.dtype))
+        assert_as_good_as(("d_q_r", "d_landmark"), got, low, select_gradients(p, inputs, torch.float64))
+
+
+CHECKS = {
+    ("chunk_attention", "forward"): _forward,
+    ("chunk_attention", "backward"): _backward,
+    ("chunk_select", "forward"): _select,
+    ("chunk_select", "backward"): _select_backward,
+}
+
+
+@needs_gpu_compiler
 @pytest.mark.parametrize(
-    ("problem", "module", "arch"),
+    ("problem", "pass_name", "arch", "length"),
     [
-        (TUNED, "attention", "sm_90a"),
-        (ODD, "decode", "sm_80"),
-        pytest.param(ODD, "attention", "sm_90a", marks=pytest.mark.slow),
-        pytest.param(ODD, "attention", "sm_80", marks=pytest.mark.slow),
-        pytest.param(TUNED, "attention", "sm_80", marks=pytest.mark.slow),
-        pytest.param(TUNED, "decode", "sm_90a", marks=pytest.mark.slow),
+        (PLAIN, "forward", "sm_90a", None),
+        (PLAIN, "backward", "sm_90a", None),
+        (SELECT, "forward", "sm_90a", None),
+        (PLAIN, "forward", "sm_80", 1),
         *(
-            pytest.param(ChunkAttention(*sizes, dtype="bfloat16"), "attention", "sm_90a", marks=pytest.mark.slow)
-            for sizes in ((16, 1, 64, 64, 16), (32, 2, 128, 64, 16), (16, 16, 64, 64, 16), (24, 1, 80, 16, 64))
+            pytest.param(problem, pass_name, arch, length, marks=slow)
+            for problem, pass_name, arch, length in [
+                (PLAIN, "forward", "sm_80", None),
+                (PLAIN, "backward", "sm_80", None),
+                (ODD, "forward", "sm_90a", None),
+                (ODD, "forward", "sm_80", None),
+                (ODD, "backward", "sm_90a", None),
+                (ODD, "backward", "sm_80", None),
+                (ODD, "forward", "sm_90a", 1),
+                (ChunkAttention(16, 16, 64, 64, 16, **BF16), "backward", "sm_90a", None),
+                (ChunkAttention(4, 1, 64, 256, 2, **BF16), "backward", "sm_90a", None),
+                (SELECT, "backward", "sm_90a", None),
+                (SELECT, "forward", "sm_80", 1),
+                (SHARED, "forward", "sm_90a", None),
+                (SHARED, "backward", "sm_80", None),
+            ]
         ),
     ],
+    ids=str,
 )
-def test_compiles_without_spills(tmp_path: Path, problem: ChunkAttention, module: str, arch: str) -> None:
-    tile = attention_tile(problem, arch)
-    reports = compiled(tmp_path, problem, tile, module, arch)
-    assert set(reports) == ({"unite", "attend"} if module == "attention" else {"attend", "add"})
-    assert all(r["spills"] == 0 for r in reports.values()), reports
-    assert reports["attend"]["instructions"] == (module == "attention" and arch == "sm_90a")
+def test_a_program_computes_its_operator(
+    problem: Problem, pass_name: str, arch: str, length: int | None, tmp_path: Path
+) -> None:
+    artifact = build(problem, pass_name, f"cuda:{arch}", length=length)
+    resources = json.loads((artifact.directory / "resources.json").read_text())
+    assert all(kernel["registers"] > 0 and kernel["spill_bytes"] == 0 for kernel in resources.values()), resources
+    CHECKS[problem.op, pass_name](EmulatedKernel(artifact, tmp_path), problem)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("tilelang") is None, reason="needs tilelang")
-@pytest.mark.parametrize("name", ["check-g16", "check-g3d96", "mma-g24d80s16", "decode-g3d96"])
-def test_computes_the_operator_when_emulated(tmp_path: Path, name: str) -> None:
-    command = [sys.executable, str(GPU / "check_forward.py"), "emulate", str(tmp_path), name]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+REFUSED = """
+import importlib
+from hsa_compile.ir import ChunkAttention, ChunkSelect, ProblemError
+from hsa_compile.ir.programs import GpuTile
+from hsa_compile.schedules.cuda_worker import program_for
+half = dict(dtype="float16")
+for problem in (
+    ChunkAttention(16, 1, 64, 64, 8), ChunkAttention(16, 1, 72, 64, 8, **half), ChunkAttention(16, 1, 64, 8, 8, **half),
+    ChunkSelect(1, 1, 64, 64, 4), ChunkSelect(1, 1, 72, 64, 4, **half), ChunkSelect(1, 1, 64, 64, 65, **half),
+):
+    for pass_name in ("forward", "backward"):
+        try:
+            program_for(problem, pass_name, GpuTile(tokens=4))
+            print(problem.op, pass_name, "serves it")
+        except ProblemError as error:
+            print(problem.op, pass_name, error)
+"""
+
+
+@needs_gpu_compiler
+def test_what_is_not_supported_is_refused_with_what_is() -> None:
+    done = subprocess.run([sys.executable, "-c", REFUSED], capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("chunk_")]
+    assert len(lines) == 12, done.stderr[-2000:]
+    expected = [
+        *["float16"] * 2, *["head_dim"] * 2, *["chunk_size"] * 2,
+        *["float16"] * 2, *["multiple of 16"] * 2, "at most 64", "serves it",
+    ]  # fmt: skip
+    assert [text for text, line in zip(expected, lines) if text not in line] == [], lines
 
 
 @pytest.mark.parametrize("heads", [(16, 1), (12, 4), (16, 16), (24, 1), (3, 1)])
 @pytest.mark.parametrize("D", [32, 80, 96, 128, 256])
 @pytest.mark.parametrize("S", [16, 64, 256])
 @pytest.mark.parametrize("K", [1, 64])
-def test_tiles_fit_the_machine(heads: tuple[int, int], D: int, S: int, K: int) -> None:
-    problem = ChunkAttention(*heads, D, S, K, dtype="bfloat16")
+def test_tiles_of_attention_fit_the_machine(heads: tuple[int, int], D: int, S: int, K: int) -> None:
+    problem = ChunkAttention(*heads, D, S, K, **BF16)
     tile = attention_tile(problem)
     rows = -(-tile.tokens * problem.groups // 64) * 64
     assert tile.tokens * K <= 4096
@@ -100,24 +179,10 @@ def test_tiles_fit_the_machine(heads: tuple[int, int], D: int, S: int, K: int) -
         assert tile.stages >= 2
 
 
-@needs_nvcc
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"dtype": "float32"}, "float16 or bfloat16"),
-        ({"head_dim": 72}, "head_dim to be a multiple of 16"),
-        ({"chunk_size": 8}, "chunk_size to be a multiple of 16"),
-    ],
-)
-def test_says_what_is_supported(changes: dict[str, object], says: str) -> None:
-    code = f"""
-from hsa_compile.ir import ChunkAttention, ProblemError
-from hsa_compile.ir.programs import GpuTile
-from hsa_compile.ir.programs.gpu import attention
-try:
-    attention.program(ChunkAttention(**{ ({**vars(TUNED), **changes})!r}), GpuTile(tokens=4))
-except ProblemError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert says in done.stdout, done.stderr[-1000:]
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_tiles_of_selection_fit_shared_memory(arch: str) -> None:
+    for retrieval_dim, top_k, length in itertools.product(range(16, 1025, 16), (1, 16, 64), (1, None)):
+        problem = ChunkSelect(1, 1, retrieval_dim, 64, top_k, **BF16)
+        tile = select_tile(problem, arch, length=length)
+        assert shared_bytes(problem, tile) <= SHARED_MEMORY[arch][1], (retrieval_dim, top_k, length)
+        assert shared_bytes(problem, tile) * tile.blocks <= SHARED_MEMORY[arch][0], (retrieval_dim, top_k, length)

@@ -12,7 +12,7 @@ import pytest
 
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.ir.programs import CpuTile
-from hsa_compile.schedules import BuildError, TargetError, build, builder, missing_features, resolve
+from hsa_compile.schedules import BuildError, TargetError, build, builder, find, missing_features, resolve
 from hsa_compile.schedules.costs import split_bytes, workspace_bytes
 from hsa_compile.schedules.cpu import tile_for
 
@@ -77,14 +77,24 @@ def test_what_is_damaged_is_built_anew(
     assert "building it anew" in caplog.text
 
 
-def test_tile_source_and_version_are_part_of_the_name(
+def test_sources_are_part_of_the_name(cache: Path, count_builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(PROBLEM)
+    monkeypatch.setattr(builder, "_sources_digest", lambda: "other")
+    assert find(PROBLEM, "forward", "cpu:native") is None
+    assert build(PROBLEM).directory != first.directory
+
+
+def test_another_compilers_kernel_is_built_anew_but_serves_where_there_is_none(
     cache: Path, count_builds: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = build(PROBLEM)
-    monkeypatch.setattr(builder, "_sources_digest", lambda: "other")
-    second = build(PROBLEM)
+    monkeypatch.setattr(builder, "compiler_version", lambda: None)
+    assert find(PROBLEM, "forward", "cpu:native") == build(PROBLEM) == first
     monkeypatch.setattr(builder, "compiler_version", lambda: "1")
-    assert len({first.directory, second.directory, build(PROBLEM).directory}) == 3
+    assert find(PROBLEM, "forward", "cpu:native") is None
+    assert count_builds == ["forward"]
+    assert build(PROBLEM) == find(PROBLEM, "forward", "cpu:native") == first
+    assert count_builds == ["forward", "forward"]
 
 
 def test_a_failed_build_leaves_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -490,7 +490,7 @@ def test_build_takes_the_record_an_argument_or_the_environment(monkeypatch: pyte
 
     monkeypatch.setattr(builder, "compiler_version", lambda: "1")
     requests: list[Any] = []
-    monkeypatch.setattr(builder, "_load", lambda directory: requests.append(directory) or "artifact")
+    monkeypatch.setattr(builder, "_load", lambda directory, _: requests.append(directory) or "artifact")
     save(a_record())
 
     def tokens(**arguments: Any) -> Any:

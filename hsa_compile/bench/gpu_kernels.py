@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hsa_compile import dispatch, eager, ops
+from hsa_compile import dispatch, ops
+from hsa_compile.bench import verify
 from hsa_compile.bench.kernels import Shape
 from hsa_compile.bench.peers import Peer, available
-from hsa_compile.bench.record import Timing, common_keys, timed_gpu
+from hsa_compile.bench.record import Timing, common_keys, timed_gpu, timed_replay
 from hsa_compile.bench.selections import synthetic_selection, union_ratio
 from hsa_compile.ir import ChunkSelect
 
+log = logging.getLogger("hsa_compile")
+
 OURS = {"ours": "compiled", "triton": "triton"}
-CHECKED_TOKENS = 128
 # Dense attention and what gathers all pairs take too long, or too much memory, beyond these.
 DENSE_TOKENS, GATHERED_BYTES = 65_536, 16 << 30
-SELECT_LENGTHS, SELECT_WIDTHS, SELECTED = (16_384, 131_072, 1_048_576), (64, 128, 1024), 16
+CHUNK, SELECTED = 64, 16
+MANY_CHUNKS = 4096  # from which all scores of all tokens are too many
+# B, L, C, Dr: whole contexts, a segment of a long one, and single tokens.
+SELECT_SIZES = (
+    *((1, L, L // CHUNK, Dr) for L in (16_384, 131_072) for Dr in (64, 128, 1024)),
+    (1, 1_048_576, 16_384, 64), (1, 8192, 262_144, 64), (1, 1, 524_288, 64), (64, 1, 8192, 64),
+)  # fmt: skip
+DECODE_SIZES = ((1, 1 << 20), (1, 1 << 25), (8, 1 << 22), (64, 1 << 19))  # B, tokens of context
 
 
 def default_shapes(lengths: Sequence[int] = ()) -> list[Shape]:
@@ -42,12 +53,14 @@ def run(shapes: Sequence[Shape], seed: int = 0, progress: Callable[[str], None] 
     rows = []
     for shape in shapes:
         progress(f"B {shape.B}, L {shape.L}, heads {shape.q_heads}/{shape.kv_heads}, {shape.selection}")
-        rows += [{**common, **shape.keys(), **row} for row in _attention_rows(shape, seed, progress)]
+        rows += [{**common, **shape.keys(), **row} for row in _attention_rows(shape, seed)]
         torch.cuda.empty_cache()
-    for L in SELECT_LENGTHS:
-        for Dr in SELECT_WIDTHS if L < 1 << 20 else SELECT_WIDTHS[:1]:
-            progress(f"selection, L {L}, Dr {Dr}")
-            rows += [{**common, **row} for row in _select_rows(L, Dr, seed, progress)]
+    for B, L, C, Dr in SELECT_SIZES:
+        progress(f"selection, B {B}, L {L}, C {C}, Dr {Dr}")
+        rows += [{**common, **row} for row in _select_rows(B, L, C, Dr, seed)]
+    for B, context in DECODE_SIZES:
+        progress(f"decoding, B {B}, {context} tokens")
+        rows += [{**common, **row} for row in _decode_rows(B, context, seed)]
     return rows
 
 
@@ -75,48 +88,24 @@ def _inputs(shape: Shape, seed: int) -> tuple[Tensor, ...]:
     return q, k, v, indices, weights
 
 
-def _errors(shape: Shape, inputs: tuple[Tensor, ...], o: Tensor) -> tuple[float, float]:
-    """Largest error on some tokens against float32, and what is tolerated: twice that of a low-precision eager run."""
-    q, k, v, indices, weights = inputs
-    worst, low = 0.0, 0.0
-    for at in (slice(0, 2 * CHECKED_TOKENS), slice(-CHECKED_TOKENS, None)):
-        wide = (q[:, at].float(), k.float(), v.float())
-        exact = eager.attention(*wide, indices[:, at], weights[:, at], shape.chunk_size, False)
-        worst = max(worst, float((o[:, at].float() - exact).abs().max()))
-        low = max(low, float((exact.to(q.dtype).float() - exact).abs().max()), 2**-9 * float(exact.abs().max()))
-    return worst, 2 * low
-
-
-def _attention_rows(shape: Shape, seed: int, progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _attention_rows(shape: Shape, seed: int) -> Iterator[dict[str, Any]]:
     inputs = _inputs(shape, seed)
-    grad = torch.randn_like(inputs[0])
     work = {
         "forward": shape.problem.flops(shape.B, shape.L),
         "backward": shape.problem.backward_flops(shape.B, shape.L),
     }
     shared = {"op": "attention", "union_ratio": round(union_ratio(inputs[3]), 3)}
 
-    def row(impl: str, pass_name: str, timing: Timing, **more: Any) -> dict[str, Any]:
+    def row(impl: str, pass_name: str, timing: Timing, more: dict[str, Any] | None = None) -> dict[str, Any]:
         tflops = round(work[pass_name] / timing.median / 1e9, 2)
-        return {**shared, "impl": impl, "pass": pass_name, **timing.fields(), "tflops": tflops, **more}
+        return {**shared, "impl": impl, "pass": pass_name, **timing.fields(), "tflops": tflops, **(more or {})}
 
     for impl, backend in OURS.items():
         with dispatch.use_backend(backend):  # type: ignore[arg-type]
             try:
-                o = ops.chunk_attention(*inputs, shape.chunk_size)
-                error, tolerance = _errors(shape, inputs, o)
-                if not error <= tolerance:
-                    progress(f"{impl} is off by {error:.2g} (tolerance {tolerance:.2g}) on {shape}: not timed")
-                    continue
-                timing = timed_gpu(lambda: ops.chunk_attention(*inputs, shape.chunk_size))
-                yield row(impl, "forward", timing, error=error, tolerance=tolerance)
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                timing = timed_gpu(lambda: ops.chunk_attention_backward(grad, *inputs, shape.chunk_size))
-                peak = (torch.cuda.max_memory_allocated() - before) >> 20
-                yield row(impl, "backward", timing, peak_mib=peak)
-            except (RuntimeError, ValueError) as failure:
-                progress(f"{impl} fails on {shape}: {str(failure)[:200]}")
+                yield from (row(impl, *found) for found in _ours(shape, inputs))
+            except (RuntimeError, ValueError, AssertionError) as failure:
+                log.warning("%s fails on %s: %.300s", impl, shape, failure)
     for impl, peer in available(shape.problem.groups).items():
         if impl.startswith("sdpa") and shape.L > DENSE_TOKENS:
             continue
@@ -126,7 +115,35 @@ def _attention_rows(shape: Shape, seed: int, progress: Callable[[str], None]) ->
             for pass_name, timing in _time_peer(peer, inputs, shape.chunk_size):
                 yield row(impl, pass_name, timing)
         except (RuntimeError, AssertionError, torch.OutOfMemoryError) as failure:
-            progress(f"{impl} fails on {shape}: {str(failure)[:200]}")
+            log.warning("%s fails on %s: %.300s", impl, shape, failure)
+
+
+def _ours(shape: Shape, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Timing, dict[str, Any]]]:
+    """Checks and times the two passes of the backend in use."""
+    grad, S = torch.randn_like(inputs[0]), shape.chunk_size
+
+    def forward() -> Tensor:
+        return ops.chunk_attention(*inputs, S)
+
+    def backward() -> tuple[Tensor, ...]:
+        return ops.chunk_attention_backward(grad, *inputs, S)
+
+    errors = {"tolerance": verify.TOLERANCE}
+    errors["error"] = _right(verify.attention_error(shape.problem, inputs, forward()))
+    yield "forward", timed_gpu(forward), errors
+    errors["error"] = _right(verify.gradients_error(shape.problem, grad, inputs, backward()))
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    backward()
+    peak = (torch.cuda.max_memory_allocated() - before) >> 20
+    yield "backward", timed_gpu(backward), {**errors, "peak_mib": peak}
+
+
+def _right(error: float) -> float:
+    """Raises AssertionError if it is not: what is wrong is not timed."""
+    assert error <= verify.TOLERANCE, f"off by {error:.2g} of the largest value ({verify.TOLERANCE:.2g} allowed)"
+    return error
 
 
 def _time_peer(peer: Peer, inputs: tuple[Tensor, ...], chunk_size: int) -> Iterator[tuple[str, Timing]]:
@@ -140,32 +157,73 @@ def _time_peer(peer: Peer, inputs: tuple[Tensor, ...], chunk_size: int) -> Itera
     yield "backward", timed_gpu(lambda: torch.autograd.grad(o, wanted, grad, retain_graph=True))
 
 
-def _select_rows(L: int, Dr: int, seed: int, progress: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+def _select_rows(B: int, L: int, C: int, Dr: int, seed: int) -> Iterator[dict[str, Any]]:
+    """Selection by the last L tokens of contexts of C chunks; of whole contexts also the naive way, by ``topk``."""
     torch.manual_seed(seed)
-    problem = ChunkSelect(1, 1, Dr, 64, SELECTED, dtype="bfloat16")
-    C = L // problem.chunk_size
-    q_r, landmark = (torch.randn(1, n, 1, Dr, device="cuda", dtype=torch.bfloat16) for n in (L, C))
-    position, chunks = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.full((1,), C, device="cuda")
-    keys = {
-        "op": "select", "pass": "forward", "B": 1, "L": L, "Hr": 1, "Dr": Dr, "S": 64, "K": SELECTED,
-        "dtype": "bfloat16",
-    }  # fmt: skip
-    inputs = (q_r, landmark, position, chunks, 1, problem.chunk_size, problem.top_k)
+    problem = ChunkSelect(1, 1, Dr, CHUNK, SELECTED, dtype="bfloat16")
+    q_r, landmark = (torch.randn(B, n, 1, Dr, device="cuda", dtype=torch.bfloat16) for n in (L, C))
+    position, chunks = (torch.full((B,), n, device="cuda") for n in (C * CHUNK - L, C))
+    inputs, options = (q_r, landmark, position, chunks), (1, CHUNK, SELECTED)
+    whole = C * CHUNK == L
+    work = problem.flops(B, L, C) / (2 if whole else 1)  # causal: half of the scores
+    keys = {"op": "select", "B": B, "L": L, "C": C, "Hr": 1, "Dr": Dr, "S": CHUNK, "K": SELECTED, "dtype": "bfloat16"}
+
+    def row(impl: str, timing: Timing, pass_name: str = "forward", **more: Any) -> dict[str, Any]:
+        rate = {"tflops": round(work / timing.median / 1e9, 2)}
+        return {**keys, "impl": impl, "pass": pass_name, **timing.fields(), **rate, **more}
+
     for impl, backend in OURS.items():
         with dispatch.use_backend(backend):  # type: ignore[arg-type]
             try:
-                timing = timed_gpu(lambda: ops.chunk_select(*inputs))
-            except (RuntimeError, ValueError) as failure:
-                progress(f"{impl} selection fails at L {L}, Dr {Dr}: {str(failure)[:200]}")
-                continue
-        tflops = problem.flops(1, L, C) / 2 / timing.median / 1e9  # causal: half of the scores
-        yield {**keys, "impl": impl, **timing.fields(), "tflops": round(tflops, 2)}
-    if SELECT_LENGTHS[1] >= L:
-        hidden = (torch.arange(C, device="cuda") + 1) * 64 > torch.arange(L, device="cuda").unsqueeze(-1)
+                indices, scores = ops.chunk_select(*inputs, *options)
+                error = _right(verify.select_error(problem, inputs, indices, scores))
+                clock = timed_gpu if whole else timed_replay
+                timing = clock(lambda: ops.chunk_select(*inputs, *options))
+                yield row(impl, timing, error=error, tolerance=verify.TOLERANCE)
+                if whole:
+                    given = (scores, q_r, landmark, indices, CHUNK)
+                    timing = timed_gpu(functools.partial(ops.chunk_select_backward, *given))
+                    rate = round(4 * B * L * SELECTED * Dr / timing.median / 1e9, 2)
+                    yield {**row(impl, timing, "backward"), "tflops": rate}
+            except (RuntimeError, ValueError, AssertionError) as failure:
+                log.warning("%s selection fails at L %d, C %d, Dr %d: %.300s", impl, L, C, Dr, failure)
+    if whole and C < MANY_CHUNKS:
+        hidden = (torch.arange(C, device="cuda") + 1) * CHUNK > torch.arange(L, device="cuda").unsqueeze(-1)
 
         def naive() -> object:
             return (q_r[0, :, 0] @ landmark[0, :, 0].T).float().masked_fill_(hidden, float("-inf")).topk(SELECTED)
 
-        timing = timed_gpu(naive)
-        tflops = problem.flops(1, L, C) / 2 / timing.median / 1e9
-        yield {**keys, "impl": "topk", **timing.fields(), "tflops": round(tflops, 2)}
+        yield row("topk", timed_gpu(naive))
+
+
+def _decode_rows(B: int, context: int, seed: int) -> Iterator[dict[str, Any]]:
+    """One token a sequence: selection over all landmarks, then attention to the chunks, from a CUDA graph."""
+    torch.manual_seed(seed)
+    C, Hq, D, Dr, K = context // CHUNK, 16, 64, 64, 8
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+    q, q_r, landmark = normal(B, 1, Hq, D), normal(B, 1, 1, Dr), normal(B, C, 1, Dr)
+    k, v = normal(B, C * CHUNK, 1, D), normal(B, C * CHUNK, 1, D)
+    position, chunks = (torch.full((B,), n, device="cuda") for n in (context, C))
+
+    def step() -> Tensor:
+        indices, scores = ops.chunk_select(q_r, landmark, position, chunks, 1, CHUNK, K)
+        return ops.chunk_attention(q, k, v, indices, scores.softmax(-1), CHUNK)
+
+    moved = 2 * B * (C * Dr + K * CHUNK * 2 * D)  # bytes: all landmarks, the chunks' keys and values
+    work = 2 * B * (C * Dr + 2 * K * CHUNK * Hq * D)
+    for impl, backend in OURS.items():
+        with dispatch.use_backend(backend):  # type: ignore[arg-type]
+            try:
+                step()
+                timing = timed_replay(step)
+            except (RuntimeError, ValueError) as failure:
+                log.warning("%s decoding fails at B %d, %d tokens: %.300s", impl, B, context, failure)
+                continue
+        yield {
+            "op": "decode", "pass": "forward", "impl": impl, "B": B, "L": 1, "context": context, "Hq": Hq, "Hkv": 1,
+            "D": D, "Hr": 1, "Dr": Dr, "S": CHUNK, "K": K, "dtype": "bfloat16", **timing.fields(),
+            "tflops": round(work / timing.median / 1e9, 4), "tbs": round(moved / timing.median / 1e9, 3),
+        }  # fmt: skip

@@ -23,7 +23,6 @@ EAGER_GFLOP, DENSE_GFLOP = 40.0, 400.0
 CHECKED_TOKENS = 64  # compared with float64 before a timing counts
 # On outputs of standard deviation about 1/2: rounding in float32, and half a unit in the last place of what is stored.
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TERA = 10.0  # TFLOP/s from which tables count in TFLOP/s: GPUs
 
 
@@ -78,7 +77,7 @@ def run(shapes: Sequence[Shape], seed: int = 0, progress: Callable[[str], None] 
 def _inputs(shape: Shape, seed: int) -> tuple[Tensor, ...]:
     torch.manual_seed(seed)
     L, S = shape.L, shape.chunk_size
-    dtype = DTYPES[shape.dtype]
+    dtype = getattr(torch, shape.dtype)
     q = torch.randn(1, L, shape.q_heads, shape.head_dim).to(dtype)
     k, v = torch.randn(2, 1, L // S * S, shape.kv_heads, shape.head_dim).to(dtype)
     indices = synthetic_selection(1, L, shape.kv_heads, shape.top_k, S, shape.selection, seed)
@@ -149,11 +148,12 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         out.add_column(name, justify="right")
     for row in rows:
         heads = f"{row['Hq']}/{row['Hkv']}" if "Hq" in row else str(row["Hr"])
-        share = row["tflops"] / row["ceiling_tflops"]
+        rate, share = f"{scale * row['tflops']:.{digits}f}", f"{row['tflops'] / row['ceiling_tflops']:.0%}"
+        if "tbs" in row:  # decoding moves bytes
+            rate, share = f"{row['tbs']:.2f} TB/s", f"{row['tbs'] / row['copy_tbs']:.0%} of copy"
         out.add_row(
             row["op"], f"{row['B']}, {row['L']}", heads, str(row.get("D", row.get("Dr"))), str(row["K"]),
-            row.get("selection", ""), row["pass"], row["impl"], f"{row['ms']:.3g}",
-            f"{scale * row['tflops']:.{digits}f}", f"{share:.0%}",
+            row.get("selection", ""), row["pass"], row["impl"], f"{row['ms']:.3g}", rate, share,
         )  # fmt: skip
     return out
 

@@ -56,6 +56,15 @@ def timed_gpu(run: Callable[[], object], milliseconds: float = 80.0) -> Timing:
     return Timing(*do_bench(run, warmup=20, rep=milliseconds, quantiles=[0.5, 0.0, 1.0]))
 
 
+def timed_replay(run: Callable[[], object]) -> Timing:
+    """As ``timed_gpu``, of a CUDA graph of the call: what a few microseconds of work take where nothing waits for
+    Python. The graph warms nothing up: ``run`` must have run before."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return timed_gpu(graph.replay)
+
+
 def device_folder(device: str = "cpu") -> str:
     """The device's folder under ``benchmarks/results``: ``cpu-2core``, ``h100``."""
     if device == "cpu":

@@ -29,6 +29,7 @@ static inline int hsa_tensor_map(CUtensorMap* map, int type, int rank, void* add
   }
   cuuint64_t dim[5], stride[5];
   cuuint32_t extent[5], step[5];
+  if (!address) address = scratch;
   for (int i = 0; i < rank; ++i) {
     if (dims[i] == 0) address = scratch;
     dim[i] = dims[i] ? dims[i] : 1;

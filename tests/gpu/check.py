@@ -37,7 +37,7 @@ from inputs import (
 )
 
 Shape = tuple[int, int, int]  # B, L, C
-RESULTS = ("o", "d_q", "d_k", "d_v", "d_w")
+RESULTS = {"forward": ("o",), "backward": ("d_q", "d_k", "d_v", "d_w")}
 BF16, F16, F32 = "bfloat16", "float16", "float32"
 EDGES: tuple[Shape, ...] = ((2, 333, 9), (1, 5, 0), (1, 1, 1), (3, 1000, 40), (1, 0, 3))
 USUAL: tuple[Shape, ...] = ((2, 203, 7), (1, 1, 3), (1, 900, 60))
@@ -86,6 +86,19 @@ SELECT_SHAPES: tuple[tuple[Shape, str, bool], ...] = (
     ((3, 1, 20000), "random", True),
     ((1, 5, 20000), "ties", True),
 )
+# Decoding and short segments, which kernels picked by length serve.
+FEW_SHAPES: tuple[tuple[Shape, str, bool], ...] = (
+    *(((2, 1, 3000), kind, False) for kind in SELECT_KINDS),
+    ((1, 1, 300_001), "random", False),
+    ((64, 1, 999), "random", True),
+    ((3, 1, 20000), "ties", True),
+    ((2, 17, 3), "ties", True),
+    ((1, 63, 5000), "random", False),
+    ((2, 3, 0), "random", False),
+    *(((1, 100, 9000), kind, False) for kind in SELECT_KINDS),
+    ((2, 255, 1500), "random", True),
+)
+FEW_LENGTHS = (1, 64)  # of the buckets whose kernels differ
 GRADIENT_SHAPES: tuple[tuple[Shape, float], ...] = (
     ((1, 1000, 37), 1.0), ((2, 777, 300), 4.0), ((1, 5000, 3), 1.0), ((3, 1, 50), 1.0), ((1, 40, 2000), 1.0),
     ((1, 64, 0), 1.0),
@@ -112,25 +125,35 @@ def _half(dtype: torch.dtype) -> torch.dtype | None:
     return None if dtype == torch.float32 else dtype
 
 
-def check_attention(problem: ChunkAttention, shapes: tuple[Shape, ...], skew: float) -> dict[str, float]:
+def attend(problem: ChunkAttention, pass_name: str, inputs: Tensors) -> Tensors:
+    """A pass on (grad_o, q, k, v, indices, weights)."""
+    if pass_name == "forward":
+        return (ops.chunk_attention(*inputs[1:], problem.chunk_size, problem.off_by_one),)
+    return ops.chunk_attention_backward(*inputs, problem.chunk_size, problem.off_by_one)
+
+
+def _of(pass_name: str, results: Tensors) -> Tensors:
+    """A pass's part of (o, d_q, d_k, d_v, d_w)."""
+    return results[:1] if pass_name == "forward" else results[1:]
+
+
+def check_attention(
+    problem: ChunkAttention, shapes: tuple[Shape, ...], skew: float, pass_name: str
+) -> dict[str, float]:
     dtype, worst = getattr(torch, problem.dtype), {}
-    S, off = problem.chunk_size, problem.off_by_one
     for seed, (B, L, C) in enumerate(shapes):
         inputs = attention_inputs(problem, B, L, C, dtype, skew, seed)
-        got = (
-            *run_twice(ops.chunk_attention, *inputs[1:], S, off),
-            *run_twice(ops.chunk_attention_backward, *inputs, S, off),
-        )
+        got = run_twice(attend, problem, pass_name, inputs)
         low = attention_by_definition(problem, inputs, torch.float32, _half(dtype))
         exact = attention_by_definition(problem, inputs, torch.float64)
-        ratios = assert_as_good_as(RESULTS, got, low, exact)
+        ratios = assert_as_good_as(RESULTS[pass_name], got, _of(pass_name, low), _of(pass_name, exact))
         worst = {name: max(ratio, worst.get(name, 0.0)) for name, ratio in ratios.items()} or worst
     return worst
 
 
-def check_select(problem: ChunkSelect) -> None:
+def check_select(problem: ChunkSelect, shapes: tuple[tuple[Shape, str, bool], ...] = SELECT_SHAPES) -> None:
     p, dtype = problem, getattr(torch, problem.dtype)
-    for (B, L, C), kind, ragged in SELECT_SHAPES:
+    for (B, L, C), kind, ragged in shapes:
         inputs = select_inputs(p, B, L, C, dtype, kind, ragged)
         got = run_twice(ops.chunk_select, *inputs, p.kv_heads, p.chunk_size, p.top_k, p.window)
         try:
@@ -150,22 +173,17 @@ def check_select_backward(problem: ChunkSelect) -> dict[str, float]:
     return worst
 
 
-def check_isolation(problem: ChunkAttention) -> None:
+def check_isolation(problem: ChunkAttention, pass_name: str) -> None:
     """NaN and infinity in query rows and chunks change nothing, to the bit, of what has nothing to do with them."""
     p, S, C, bad_tokens, bad_chunks = problem, problem.chunk_size, 40, [77, 301], [4, 5]
     inputs = attention_inputs(p, 1, 500, C, getattr(torch, p.dtype), seed=3)
-
-    def run(*x: Tensor) -> Tensors:
-        o = ops.chunk_attention(*x[1:], S, p.off_by_one)
-        return o, *ops.chunk_attention_backward(*x, S, p.off_by_one)
-
     grad_o, q, k, v, indices, weights = (x.clone() for x in inputs)
     indices[0, 77, :, 0], indices[0, 301, :, 0] = 4, 6
     weights[0, [77, 301], :, 0] = 0.5
-    clean = run(grad_o, q, k, v, indices, weights)
+    clean = attend(p, pass_name, (grad_o, q, k, v, indices, weights))
     q[:, 77], grad_o[:, 301, :, 3] = math.nan, math.inf
     k[:, 4 * S + 1, :, 2], k[:, 5 * S + 7, :, 1] = math.nan, -math.inf
-    dirty = run(grad_o, q, k, v, indices, weights)
+    dirty = attend(p, pass_name, (grad_o, q, k, v, indices, weights))
     slots = torch.isin(indices, torch.tensor(bad_chunks, device="cuda", dtype=torch.int32))  # [1, L, Hkv, K]
     tokens = slots.any(-1)
     tokens[:, bad_tokens] = True
@@ -178,52 +196,49 @@ def check_isolation(problem: ChunkAttention) -> None:
         chunks[0, chosen[(chosen >= 0) & (chosen < C)].long(), h] = True
     rows = tokens.repeat_interleave(p.groups, 2)[..., None].expand_as(q)
     memory = chunks.repeat_interleave(S, 1)[..., None].expand_as(k)
-    for name, a, b, touched in zip(
-        ("o", "d_q", "d_k", "d_v", "d_w"), clean, dirty, (rows, rows, memory, memory, slots)
-    ):
+    touchable = _of(pass_name, (rows, rows, memory, memory, slots))
+    for name, a, b, touched in zip(RESULTS[pass_name], clean, dirty, touchable):
         assert torch.equal(a[~touched], b[~touched]), f"{name}: NaN reached what has nothing to do with it"
-    assert bool(dirty[0][0, 77].isnan().all()), "NaN in a query row must show in its output"
+    assert bool(dirty[0][0, 77].isnan().all()), f"NaN in a query row must show in its {RESULTS[pass_name][0]}"
 
 
-def check_streams(problem: ChunkAttention) -> None:
+def check_streams(problem: ChunkAttention, pass_name: str) -> None:
     """Launches go to the caller's stream: what it waits for there is waited for."""
-    inputs = [x.nan_to_num() for x in attention_inputs(problem, 1, 256, 8, getattr(torch, problem.dtype))[1:]]
-    want = ops.chunk_attention(*inputs, problem.chunk_size)
-    late, stream = torch.zeros_like(inputs[0]), torch.cuda.Stream()
+    grad_o, q, *rest = (x.nan_to_num() for x in attention_inputs(problem, 1, 256, 8, getattr(torch, problem.dtype)))
+    want = attend(problem, pass_name, (grad_o, q, *rest))
+    late, stream = torch.zeros_like(q), torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
-        late.copy_(inputs[0])
-        got = ops.chunk_attention(late, *inputs[1:], problem.chunk_size)
+        late.copy_(q)
+        got = attend(problem, pass_name, (grad_o, late, *rest))
     stream.synchronize()
-    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
-def check_strides(problem: ChunkAttention) -> None:
+def check_strides(problem: ChunkAttention, pass_name: str) -> None:
     """Strided inputs are computed on as their contiguous copies are."""
     inputs = attention_inputs(problem, 2, 90, 8, getattr(torch, problem.dtype))
-    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    strided = tuple(x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs)
     assert not strided[1].is_contiguous()
-    for function, n in ((ops.chunk_attention, 1), (ops.chunk_attention_backward, 0)):
-        a, b = (function(*x[n:], problem.chunk_size) for x in (inputs, strided))
-        assert all(torch.equal(x, y) for x, y in zip(_as_tuple(a), _as_tuple(b)))
+    a, b = (attend(problem, pass_name, x) for x in (inputs, strided))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-def check_graph(problem: ChunkAttention) -> None:
-    """A CUDA graph of forward and backward computes on what its inputs hold when it is replayed."""
-    S = problem.chunk_size
+def check_graph(problem: ChunkAttention, pass_name: str) -> None:
+    """A CUDA graph computes on what its inputs hold when it is replayed."""
     shown, static = (attention_inputs(problem, 1, 300, 9, getattr(torch, problem.dtype), seed=s) for s in (0, 1))
-    want = (ops.chunk_attention(*shown[1:], S), *ops.chunk_attention_backward(*shown, S))
+    want = attend(problem, pass_name, shown)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = (ops.chunk_attention(*static[1:], S), *ops.chunk_attention_backward(*static, S))
+        got = attend(problem, pass_name, static)
     for a, b in zip(static, shown):
         a.copy_(b)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
-def check_far_offsets(problem: ChunkAttention) -> None:
+def check_far_offsets(problem: ChunkAttention, pass_name: str) -> None:
     """Queries, gradients and memory of more than 2^31 elements each; what lies past it is as if it were alone."""
     p, near, tokens = problem, 16, 96
     L, C = 2**31 // (p.q_heads * p.head_dim) + 2048, 2**31 // (p.chunk_size * p.head_dim * p.kv_heads) + 64
@@ -244,11 +259,8 @@ def check_far_offsets(problem: ChunkAttention) -> None:
         grown(small[5], slots, 0),
     )
     ends = (tokens, tokens, rows, rows, tokens)
-    want = (ops.chunk_attention(*small[1:], p.chunk_size), *ops.chunk_attention_backward(*small, p.chunk_size))
-    got = [ops.chunk_attention(*big[1:], p.chunk_size)]
-    del got[1:]
-    got += ops.chunk_attention_backward(*big, p.chunk_size)
-    for name, a, b, n in zip(RESULTS, got, want, ends):
+    want, got = attend(p, pass_name, small), attend(p, pass_name, big)
+    for name, a, b, n in zip(RESULTS[pass_name], got, want, _of(pass_name, ends)):
         # Tiles may begin elsewhere, which changes the order of sums.
         assert torch.allclose(a[:, -n:].float(), b.float(), atol=2e-2, rtol=2e-2), name
         assert not any(bool(part.any()) for part in a[:, :-n].split(1 << 18, 1)), f"{name}: not zero elsewhere"
@@ -267,16 +279,24 @@ def select_problems(backend: str) -> dict[str, ChunkSelect]:
 def jobs(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """All checks of a backend, named."""
     attention, select = attention_problems(backend), select_problems(backend)
-    for name, case in attention.items():
-        yield f"attention {name}", lambda c=case: check_attention(*c)
+    for pass_name in RESULTS:
+        for name, case in attention.items():
+            yield f"attention {pass_name} {name}", lambda c=case, w=pass_name: check_attention(*c, w)
     for name, problem in select.items():
         yield f"select {name}", lambda p=problem: check_select(p)
+        yield f"select few {name}", lambda p=problem: check_select(p, FEW_SHAPES)
         yield f"select backward {name}", lambda p=problem: check_select_backward(p)
-    for name in ("g16-k8", "g4", "g1", "g3-d96-s48"):
-        yield f"isolation {name}", lambda p=attention[name][0]: check_isolation(p)
     plain = attention["g16-k8"][0]
-    for check in (check_streams, check_strides, check_graph, check_far_offsets):
-        yield check.__name__.removeprefix("check_").replace("_", " "), lambda f=check: f(plain)
+    for pass_name in RESULTS:
+        for name in ("g16-k8", "g4", "g1", "g3-d96-s48"):
+            yield f"isolation {pass_name} {name}", lambda p=attention[name][0], w=pass_name: check_isolation(p, w)
+        for check in (check_streams, check_strides, check_graph, check_far_offsets):
+            title = check.__name__.removeprefix("check_").replace("_", " ")
+            yield f"{title} {pass_name}", lambda f=check, w=pass_name: f(plain, w)
+
+
+def _asked(only: str, name: str) -> bool:
+    return all(word in name for word in only.split())
 
 
 def check(backend: str, only: str = "", part: int = 0, parts: int = 1) -> list[str]:
@@ -284,8 +304,9 @@ def check(backend: str, only: str = "", part: int = 0, parts: int = 1) -> list[s
     failed = []
     torch.utils.deterministic.fill_uninitialized_memory = True
     with dispatch.use_backend(backend):  # type: ignore[arg-type]
-        for name, job in [x for x in jobs(backend) if only in x[0]][part::parts]:
-            torch.use_deterministic_algorithms(name != "far offsets", warn_only=True)  # what fills memory
+        for name, job in [x for x in jobs(backend) if _asked(only, x[0])][part::parts]:
+            # What fills memory; but then one kernel serves all lengths.
+            torch.use_deterministic_algorithms("far offsets" not in name and " few " not in name, warn_only=True)
             try:
                 print("ok", backend, name, job() or "", flush=True)
             except Exception as error:
@@ -300,31 +321,30 @@ def build_all(target: str, only: str) -> list[str]:
     """Builds the kernels of all checks, two at a time; returns what failed."""
     from hsa_compile.schedules import build
 
-    problems: dict[str, Problem] = {f"attention {n}": c[0] for n, c in attention_problems("compiled").items()}
-    problems |= {f"select {n}": p for n, p in select_problems("compiled").items()}
-    problems |= {f"select backward {n}": replace(p, window=0) for n, p in select_problems("compiled").items()}
+    attention, select = attention_problems("compiled"), select_problems("compiled")
+    problems: dict[str, Problem] = {f"attention {w} {n}": c[0] for w in RESULTS for n, c in attention.items()}
+    problems |= {f"select {n}": p for n, p in select.items()}
+    problems |= {f"select few {n}": p for n, p in select.items()}
+    problems |= {f"select backward {n}": replace(p, window=0) for n, p in select.items()}
 
-    def one(job: tuple[str, str]) -> str | None:
-        name, pass_name = job
+    def one(name: str) -> str | None:
         try:
-            build(problems[name], pass_name, target)
+            for length in FEW_LENGTHS if " few " in name else (None,):
+                build(problems[name], "backward" if "backward" in name else "forward", target, length=length)
         except Exception as error:
-            print("FAILED", name, pass_name, str(error)[-1500:], flush=True)
-            return f"{name} {pass_name}"
-        print("built", name, pass_name, flush=True)
+            print("FAILED", name, str(error)[-1500:], flush=True)
+            return name
+        print("built", name, flush=True)
         return None
 
-    passes = {name: ["forward", "backward"] for name in problems if name.startswith("attention")}
-    passes |= {n: ["backward" if "backward" in n else "forward"] for n in problems if n.startswith("select")}
-    todo = [(name, pass_name) for name, each in passes.items() for pass_name in each if only in name]
     with ThreadPoolExecutor(2) as pool:
-        return [name for name in pool.map(one, todo) if name]
+        return [name for name in pool.map(one, (n for n in problems if _asked(only, n))) if name]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", choices=("compiled", "triton"), default="compiled")
-    parser.add_argument("--only", default="", help="part of a check's name")
+    parser.add_argument("--only", default="", help="words, all of which are part of a check's name")
     parser.add_argument("--part", default="0/1", help="n/m: every m-th check, from the n-th")
     parser.add_argument("--build", action="store_true", help="build the kernels, check nothing")
     parser.add_argument("--target", default="cuda:sm_90a", help="what to build for")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 
-DEVICE = "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Tensors = tuple[Tensor, ...]
 
 

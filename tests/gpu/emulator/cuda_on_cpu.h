@@ -13,6 +13,8 @@
 #include <functional>
 #include <map>
 #include <random>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -20,11 +22,8 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define TL_EXPORT
-#define TILELANG_CHECK_LAST_ERROR(name) \
-  if (emulator.failed) return -1;
-#define CUTLASS_CUDA_DRIVER_WRAPPER_CALL(f) f
 #define CUDART_INF_F INFINITY
+#define CUDART_NAN_F NAN
 
 using uchar = unsigned char;
 using std::max;
@@ -41,6 +40,8 @@ struct alignas(16) int4 { int x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 inline uint1 make_uint1(unsigned x) { return {x}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -66,12 +67,15 @@ struct half_t {
 template <class E> struct Pair { E x, y; };
 using __nv_bfloat162 = Pair<bfloat16_t>;
 using half2 = Pair<half_t>;
+template <class E> unsigned packed(E x, E y) { return x.bits | unsigned(y.bits) << 16; }
+inline unsigned __pack_nv_bfloat162(bfloat16_t x, bfloat16_t y) { return packed(x, y); }
+inline unsigned __pack_half2(half_t x, half_t y) { return packed(x, y); }
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return {bfloat16_t(v.x), bfloat16_t(v.y)}; }
 inline half2 __float22half2_rn(float2 v) { return {half_t(v.x), half_t(v.y)}; }
 
 struct Rendezvous {
   int count = 0, generation = 0;
-  uint32_t payload[2][512][8];
+  uint32_t payload[2][1024][8];
 };
 struct Emulator {
   alignas(1024) uchar shared[232448];
@@ -154,27 +158,57 @@ inline void __syncthreads() { emulator.meet(1023); }
 inline void __syncwarp(unsigned = 0) { emulator.meet(31); }
 inline int64_t shared_offset(const void* p) { return (const uchar*)p - emulator.shared; }
 
+// What warps and blocks exchange.
+template <class T> T shuffle(T x, int from) {
+  static_assert(sizeof(T) == 4);
+  auto& all = emulator.meet(31, &x, 4);
+  memcpy(&x, all[from], 4);
+  return x;
+}
+inline int lane() { return emulator.current & 31; }
+template <class T> T __shfl_sync(unsigned, T x, int from, int = 32) {
+  return shuffle(x, (emulator.current & ~31) + (from & 31));
+}
+template <class T> T __shfl_up_sync(unsigned, T x, int by, int = 32) {
+  return shuffle(x, emulator.current - (lane() >= by ? by : 0));
+}
+inline int any_of(int mask, int x) {
+  auto& all = emulator.meet(mask, &x, 4);
+  int found = 0;
+  for (int t = 0; t < emulator.threads; ++t)
+    if ((t & ~mask) == (emulator.current & ~mask)) found |= all[t][0] != 0;
+  return found;
+}
+inline int __any_sync(unsigned, int x) { return any_of(31, x); }
+inline int __syncthreads_or(int x) { return any_of(1023, x); }
+inline int __popc(int x) { return __builtin_popcount(unsigned(x)); }
+inline int atomicOr(int* at, int bits) { const int old = *at; *at |= bits; return old; }
+inline void AtomicMax(int* at, int x, int = 0) { *at = max(*at, x); }
+template <class T, class U> void AtomicAdd(T* at, U x, int = 0) { *at += T(x); }
+template <class T, class U> T AtomicAddRet(T* at, U x, int = 0) { const T old = *at; *at += T(x); return old; }
+
 // The runtime's interface.
-enum cudaError_t { cudaSuccess };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaLaunchAttributeProgrammaticStreamSerialization };
+enum cudaError_t { cudaSuccess, cudaErrorDeadlock };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaEnableDefault };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
 using cudaStream_t = void*;
-constexpr cudaStream_t cudaStreamDefault = nullptr;
-struct cudaLaunchAttribute { int id; struct { int programmaticStreamSerializationAllowed; } val; };
-struct cudaLaunchConfig_t {
-  cudaLaunchAttribute* attrs; int numAttrs; cudaStream_t stream; dim3 gridDim, blockDim; size_t dynamicSmemBytes;
-};
 template <class F> cudaError_t cudaFuncSetAttribute(F, int, int) { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "deadlock"; }
-template <class... P, class... A>
-void cudaLaunchKernelEx(cudaLaunchConfig_t* c, void (*kernel)(P...), A... arguments) {
-  emulator.failed = c->dynamicSmemBytes > sizeof emulator.shared;  // what a thread block of sm_90 may take
-  emulator.body = [=] { kernel(arguments...); };
-  for (int64_t z = 0; z < c->gridDim.z; ++z)
-    for (int64_t y = 0; y < c->gridDim.y; ++y)
-      for (int64_t x = 0; x < c->gridDim.x && !emulator.failed; ++x) {
+inline const char* cudaGetErrorString(cudaError_t) { return "deadlock, or more shared memory than a block may have"; }
+template <class... P, size_t... I>
+cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, void** a, size_t bytes, std::index_sequence<I...>) {
+  emulator.failed = bytes > sizeof emulator.shared;  // what a thread block of sm_90 may take
+  emulator.body = [=] { kernel(*(std::remove_const_t<P>*)a[I]...); };
+  for (int64_t z = 0; z < grid.z; ++z)
+    for (int64_t y = 0; y < grid.y; ++y)
+      for (int64_t x = 0; x < grid.x && !emulator.failed; ++x) {
         blockIdx = dim3(x, y, z);
-        emulator.run_block(int(c->blockDim.x), c->dynamicSmemBytes);
+        emulator.run_block(int(block.x), bytes);
       }
+  return emulator.failed ? cudaErrorDeadlock : cudaSuccess;
+}
+template <class... P>
+cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** a, size_t bytes, cudaStream_t) {
+  return launch(kernel, grid, block, a, bytes, std::index_sequence_for<P...>());
 }
 
 using cuuint32_t = uint32_t;
@@ -185,18 +219,24 @@ using CUtensorMapSwizzle = int;
 using CUtensorMapL2promotion = int;
 using CUtensorMapFloatOOBfill = int;
 enum CUresult { CUDA_SUCCESS, CUDA_ERROR_INVALID_VALUE };
-struct CUtensorMap { const uchar* base; int rank, swizzle; uint64_t dim[5], stride[5]; uint32_t box[5]; };
+struct CUtensorMap { const uchar* base; int rank, swizzle, bytes; uint64_t dim[5], stride[5]; uint32_t box[5]; };
 inline CUresult cuTensorMapEncodeTiled(
-    CUtensorMap* m, int, unsigned rank, void* base, const uint64_t* dim, const uint64_t* stride, const uint32_t* box,
+    CUtensorMap* m, int type, unsigned rank, void* base, const uint64_t* dim, const uint64_t* stride, const uint32_t* box,
     const uint32_t*, int, int swizzle, int, int) {
-  *m = {(const uchar*)base, int(rank), swizzle, {}, {2}, {}};
-  bool valid = base && (uintptr_t)base % 16 == 0 && (swizzle == 0 || box[0] * 2 <= (16u << swizzle));
+  const int bytes = type == 7 ? 4 : 2;  // float32, or float16 and bfloat16
+  *m = {(const uchar*)base, int(rank), swizzle, bytes, {}, {uint64_t(bytes)}, {}};
+  bool valid = base && (uintptr_t)base % 16 == 0 && (swizzle == 0 || box[0] * bytes <= (16u << swizzle));
   for (unsigned i = 0; i < rank; ++i) {
     m->dim[i] = dim[i], m->box[i] = box[i];
     valid &= dim[i] > 0 && dim[i] <= (1ull << 32) && box[i] > 0 && box[i] <= 256;
     if (i) m->stride[i] = stride[i - 1], valid &= stride[i - 1] % 16 == 0 && stride[i - 1] < (1ull << 40);
   }
-  return valid && box[0] * 2 % 16 == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+  return valid && box[0] * bytes % 16 == 0 ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+inline cudaError_t cudaGetDriverEntryPointByVersion(
+    const char*, void** entry, int, int, cudaDriverEntryPointQueryResult*) {
+  *entry = (void*)cuTensorMapEncodeTiled;
+  return cudaSuccess;
 }
 inline int64_t swizzled(int64_t offset, int mode) {  // mode: 1, 2, 3 for 32, 64, 128 bytes
   return offset ^ (((offset >> 7) & ((1 << mode) - 1)) << 4);
@@ -237,21 +277,48 @@ template <class... I> void tma_load(const CUtensorMap& m, Barrier& barrier, void
   const int64_t target = shared_offset(to);
   emulator.copies.push_back([=, &barrier] {
     int64_t i = 0, x[5] = {};
-    const int64_t total = int64_t(m.box[0]) * m.box[1] * m.box[2] * m.box[3] * m.box[4];
+    int64_t total = 1;
+    for (int d = 0; d < m.rank; ++d) total *= m.box[d];
     for (; i < total; ++i) {
       int64_t rest = i, from = 0;
       bool inside = true;
-      for (int d = 0; d < 5; ++d) {
+      for (int d = 0; d < m.rank; ++d) {
         x[d] = start[d] + rest % m.box[d], rest /= m.box[d];
         inside &= x[d] >= 0 && uint64_t(x[d]) < m.dim[d];
         from += x[d] * m.stride[d];
       }
-      const uint16_t zero = 0;
-      memcpy(emulator.shared + swizzled(target + 2 * i, m.swizzle), inside ? m.base + from : (const uchar*)&zero, 2);
+      const uint32_t zero = 0;
+      uchar* to = emulator.shared + swizzled(target + m.bytes * i, m.swizzle);
+      memcpy(to, inside ? m.base + from : (const uchar*)&zero, m.bytes);
     }
-    barrier.bytes -= int(2 * total);
+    barrier.bytes -= int(m.bytes * total);
     barrier.advance();
   });
+}
+
+// Copies that a thread waits for itself, done no sooner.
+struct Waiting { int group; void* to; uint4 what; };
+struct Copies { std::vector<Waiting> queue[1024]; int group[1024] = {}; };
+inline Copies own_copies;
+template <int bytes> void cp_async_gs_conditional(void* to, const void* from, bool inside) {
+  static_assert(bytes == 16);
+  uint4 what = {};
+  if (inside) memcpy(&what, from, 16);
+  const int me = emulator.current;
+  own_copies.queue[me].push_back({own_copies.group[me], to, what});
+}
+template <int bytes> void cp_async_gs(void* to, const void* from) { cp_async_gs_conditional<bytes>(to, from, true); }
+inline void cp_async_commit() { ++own_copies.group[emulator.current]; }
+template <int left> void cp_async_wait() {
+  auto& queue = own_copies.queue[emulator.current];
+  const int before = own_copies.group[emulator.current] - left;
+  for (auto& x : queue)
+    if (x.group < before) memcpy(x.to, &x.what, 16);
+  std::erase_if(queue, [=](auto& x) { return x.group < before; });
+}
+template <class T> T warp_reduce_sum(T x) {
+  for (int i = 16; i; i /= 2) x += shuffle(x, emulator.current ^ i);
+  return x;
 }
 
 struct MaxOp { float operator()(float a, float b) const { return fmaxf(a, b); } };
@@ -297,7 +364,7 @@ struct Product {
   void (*run)(const std::vector<Product*>&);
   int group;
 };
-struct Warpgroup { std::vector<Product> queue[512]; int group[512] = {}; };
+struct Warpgroup { std::vector<Product> queue[1024]; int group[1024] = {}; };
 inline Warpgroup products;
 template <DataType A, int N, bool transposed> void multiply(const std::vector<Product*>& all) {
   static float b[16][N];
@@ -336,7 +403,9 @@ void wgmma_rs(const uint32_t* a, uint64_t b, uint32_t* c, int add) {
 template <class R> void warpgroup_fence_operand(R*, int) {}
 inline void warpgroup_arrive() {}
 inline void warpgroup_commit_batch() { ++products.group[emulator.current]; }
-template <int left> void wait_wgmma() {
+template <int left> void warpgroup_wait();
+template <int left> void wait_wgmma() { warpgroup_wait<left>(); }
+template <int left> void warpgroup_wait() {
   const int me = emulator.current, first = me & ~127;
   emulator.meet(127);
   if (me == first)

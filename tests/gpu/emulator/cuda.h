@@ -1,0 +1,2 @@
+// In place of CUDA's own, for launchers that run on a CPU.
+#include "cuda_on_cpu.h"
