@@ -35,6 +35,7 @@ from inputs import (
     select_gradients,
     select_inputs,
 )
+from model_checks import CHECKS
 
 Shape = tuple[int, int, int]  # B, L, C
 RESULTS = {"forward": ("o",), "backward": ("d_q", "d_k", "d_v", "d_w")}
@@ -99,6 +100,10 @@ FEW_SHAPES: tuple[tuple[Shape, str, bool], ...] = (
     ((2, 255, 1500), "random", True),
 )
 FEW_LENGTHS = (1, 64)  # of the buckets whose kernels differ
+# For tools that follow every access of a kernel, and take a thousand times as long.
+SMALL: tuple[Shape, ...] = ((2, 77, 5), (1, 3, 0))
+SMALL_SELECT: tuple[tuple[Shape, str, bool], ...] = (((2, 77, 90), "ties", True), ((1, 3, 0), "random", False))
+SMALL_GRADIENTS: tuple[tuple[Shape, float], ...] = (((2, 77, 30), 1.0), ((1, 3, 0), 1.0))
 GRADIENT_SHAPES: tuple[tuple[Shape, float], ...] = (
     ((1, 1000, 37), 1.0), ((2, 777, 300), 4.0), ((1, 5000, 3), 1.0), ((3, 1, 50), 1.0), ((1, 40, 2000), 1.0),
     ((1, 64, 0), 1.0),
@@ -162,9 +167,11 @@ def check_select(problem: ChunkSelect, shapes: tuple[tuple[Shape, str, bool], ..
             raise AssertionError(f"{kind} {B, L, C} ragged {ragged}: {error}") from None
 
 
-def check_select_backward(problem: ChunkSelect) -> dict[str, float]:
+def check_select_backward(
+    problem: ChunkSelect, shapes: tuple[tuple[Shape, float], ...] = GRADIENT_SHAPES
+) -> dict[str, float]:
     dtype, worst = getattr(torch, problem.dtype), {}
-    for (B, L, C), skew in GRADIENT_SHAPES:
+    for (B, L, C), skew in shapes:
         inputs = select_gradient_inputs(problem, B, L, C, dtype, skew)
         got = run_twice(ops.chunk_select_backward, *inputs, problem.chunk_size)
         low = select_gradients(problem, inputs, torch.float32, _half(dtype))
@@ -293,18 +300,33 @@ def jobs(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
         for check in (check_streams, check_strides, check_graph, check_far_offsets):
             title = check.__name__.removeprefix("check_").replace("_", " ")
             yield f"{title} {pass_name}", lambda f=check, w=pass_name: f(plain, w)
+    for name, run in CHECKS.items():
+        yield f"model {name}", run
+
+
+def small_jobs(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every program once, on little."""
+    for pass_name in RESULTS:
+        for name, (problem, _, skew) in attention_problems(backend).items():
+            yield (
+                f"attention {pass_name} {name}",
+                lambda p=problem, s=skew, w=pass_name: check_attention(p, SMALL, s, w),
+            )
+    for name, problem in select_problems(backend).items():
+        yield f"select {name}", lambda p=problem: check_select(p, SMALL_SELECT)
+        yield f"select backward {name}", lambda p=problem: check_select_backward(p, SMALL_GRADIENTS)
 
 
 def _asked(only: str, name: str) -> bool:
     return all(word in name for word in only.split())
 
 
-def check(backend: str, only: str = "", part: int = 0, parts: int = 1) -> list[str]:
+def check(backend: str, only: str = "", part: int = 0, parts: int = 1, small: bool = False) -> list[str]:
     """Runs every ``parts``-th check; what ``torch.empty`` gives holds NaN. Returns what failed."""
     failed = []
     torch.utils.deterministic.fill_uninitialized_memory = True
     with dispatch.use_backend(backend):  # type: ignore[arg-type]
-        for name, job in [x for x in jobs(backend) if _asked(only, x[0])][part::parts]:
+        for name, job in [x for x in (small_jobs if small else jobs)(backend) if _asked(only, x[0])][part::parts]:
             # What fills memory; but then one kernel serves all lengths.
             torch.use_deterministic_algorithms("far offsets" not in name and " few " not in name, warn_only=True)
             try:
@@ -346,13 +368,14 @@ def main() -> int:
     parser.add_argument("--backend", choices=("compiled", "triton"), default="compiled")
     parser.add_argument("--only", default="", help="words, all of which are part of a check's name")
     parser.add_argument("--part", default="0/1", help="n/m: every m-th check, from the n-th")
+    parser.add_argument("--small", action="store_true", help="every program once, on little: for compute-sanitizer")
     parser.add_argument("--build", action="store_true", help="build the kernels, check nothing")
     parser.add_argument("--target", default="cuda:sm_90a", help="what to build for")
     arguments = parser.parse_args()
     if arguments.build:
         return len(build_all(arguments.target, arguments.only))
     part, parts = map(int, arguments.part.split("/"))
-    failed = check(arguments.backend, arguments.only, part, parts)
+    failed = check(arguments.backend, arguments.only, part, parts, arguments.small)
     print(f"{len(failed)} FAILED: {', '.join(failed)}" if failed else "ALL CHECKED", flush=True)
     return len(failed)
 
