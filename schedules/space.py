@@ -20,7 +20,7 @@ from hsa_compile.schedules.target import CpuTarget, GpuTarget, resolve_any
 Choices = dict[str, tuple[Any, ...]]
 
 _BLOCKS: Choices = {"row_block": (2, 4, 8, 16), "vector_block": (1, 2, 3, 4)}
-_FEW: Choices = {"few": (0, 8, 64)}
+_FEW: Choices = {"few": (0, 4, 8, 64)}
 _CPU: dict[tuple[str, str], Choices] = {
     ("chunk_attention", "forward"): _BLOCKS
     | _FEW
@@ -63,8 +63,8 @@ class Space:
         """All sensible tiles, those that run the same code once; the hand-picked one is the first."""
         found: dict[tuple[Any, ...], Tile] = {self._code_key(self.base): self.base}
         # Its values come first, so that fields which make no difference here keep them.
-        ordered = (sorted(values, key=getattr(self.base, field).__ne__) for field, values in self.choices.items())
-        for values in itertools.product(*ordered):
+        choices = ({getattr(self.base, field): None} | dict.fromkeys(values) for field, values in self.choices.items())
+        for values in itertools.product(*choices):
             try:
                 tile = dataclasses.replace(self.base, **dict(zip(self.choices, values)))
             except ValueError:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from hsa_compile import dispatch, eager, ops
 from hsa_compile.ir import ChunkAttention, ChunkSelect, reference
+from hsa_compile.schedules import resolve
+from hsa_compile.schedules.cpu import tile_for
 from kit import assert_as_good_as, attention_inputs, select_inputs, wide
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = ["eager", pytest.param("compiled", marks=pytest.mark.needs_compiler)]
 
 # (problem, B, L, C, skew)
@@ -34,8 +35,10 @@ SELECT = {
 
 
 def _by_dtype(table: dict[str, Any]) -> list[tuple[str, str]]:
-    """Every case in float32 and bfloat16; in float16, which differs from it by a cast alone, the first two."""
-    return [(c, d) for c in table for d in DTYPES if d != "float16" or c in list(table)[:2]]
+    """Every case in float32; in half precisions, which differ from it by loads and stores alone, the first, with widths
+    of whole vectors and of parts."""
+    counts = {"float32": len(table), "bfloat16": 3, "float16": 2}
+    return [(case, dtype) for dtype, count in counts.items() for case in list(table)[:count]]
 
 
 def _attention_reference(problem: ChunkAttention, grad: Any, inputs: Any) -> tuple[Any, Any]:
@@ -48,8 +51,8 @@ def _attention_reference(problem: ChunkAttention, grad: Any, inputs: Any) -> tup
 def test_attention_matches_the_reference(backend: Any, dtype: str, case: str, poisoned: None) -> None:
     problem, B, L, C, skew = ATTENTION[case]
     *tensors, indices, weights = attention_inputs(problem, B, L, C, skew=skew)
-    inputs = (*(x.to(DTYPES[dtype]) for x in tensors), indices, weights)
-    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(DTYPES[dtype])
+    inputs = (*(x.to(getattr(torch, dtype)) for x in tensors), indices, weights)
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
     want, want_grads = _attention_reference(problem, grad, inputs)
     options = (problem.chunk_size, problem.off_by_one)
     low, low_grads = eager.attention(*inputs, *options), eager.attention_backward(grad, *inputs, *options)
@@ -86,7 +89,7 @@ def _all_scores(problem: ChunkSelect, q_r: Any, landmark: Any) -> np.ndarray:
 def test_selection_matches_the_reference(backend: Any, dtype: str, case: str, ties: bool, poisoned: None) -> None:
     problem, B, L, C = SELECT[case]
     q_r, landmark, *counts = select_inputs(problem, B, L, C, ties=ties)
-    inputs = (q_r.to(DTYPES[dtype]), landmark.to(DTYPES[dtype]), *counts)
+    inputs = (q_r.to(getattr(torch, dtype)), landmark.to(getattr(torch, dtype)), *counts)
     want, want_scores = reference.select(problem, *(wide(x) for x in inputs))
     options = (problem.kv_heads, problem.chunk_size, problem.top_k, problem.window)
     with dispatch.use_backend(backend):
@@ -103,7 +106,7 @@ def test_selection_matches_the_reference(backend: Any, dtype: str, case: str, ti
 def test_selection_gradients_match_the_reference(backend: Any, dtype: str, case: str, poisoned: None) -> None:
     problem, B, L, C = SELECT[case]
     q_r, landmark, position, chunks = select_inputs(problem, B, L, C)
-    q_r, landmark = q_r.to(DTYPES[dtype]), landmark.to(DTYPES[dtype])
+    q_r, landmark = q_r.to(getattr(torch, dtype)), landmark.to(getattr(torch, dtype))
     indices, scores = reference.select(problem, *(wide(x) for x in (q_r, landmark, position, chunks)))
     grad = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
     arguments = (grad, q_r, landmark.nan_to_num(), torch.from_numpy(indices))
@@ -120,9 +123,10 @@ def test_selection_gradients_match_the_reference(backend: Any, dtype: str, case:
 @pytest.mark.parametrize(("case", "dtype"), _by_dtype(ATTENTION))
 def test_a_few_tokens_attend_like_many(case: str, dtype: str, poisoned: None) -> None:
     problem, B, _, C, skew = ATTENTION[case]
-    for L in (1, 3, 8):
+    few = tile_for(problem, resolve("cpu:native")).few
+    for L in (1, few - 1, few):
         *tensors, indices, weights = attention_inputs(problem, B, L, C, skew=skew)
-        inputs = (*(x.to(DTYPES[dtype]) for x in tensors), indices, weights)
+        inputs = (*(x.to(getattr(torch, dtype)) for x in tensors), indices, weights)
         options = (problem.chunk_size, problem.off_by_one)
         with dispatch.use_backend("compiled"):
             got = ops.chunk_attention(*inputs, *options)
@@ -136,10 +140,11 @@ def test_a_few_tokens_attend_like_many(case: str, dtype: str, poisoned: None) ->
 def test_a_few_tokens_select_like_many(case: str, dtype: str, ties: bool, poisoned: None) -> None:
     problem, B, _, C = SELECT[case]
     options = (problem.kv_heads, problem.chunk_size, problem.top_k, problem.window)
-    for L in (1, 3, 8, 9):
+    few = tile_for(problem, resolve("cpu:native")).few
+    for L in (1, few - 1, few, few + 1):
         for seed in range(4):
             q_r, landmark, *counts = select_inputs(problem, B, L, C, seed, ties)
-            inputs = (q_r.to(DTYPES[dtype]), landmark.to(DTYPES[dtype]), *counts)
+            inputs = (q_r.to(getattr(torch, dtype)), landmark.to(getattr(torch, dtype)), *counts)
             want, want_scores = reference.select(problem, *(wide(x) for x in inputs))
             with dispatch.use_backend("compiled"):
                 indices, scores = ops.chunk_select(*inputs, *options)

@@ -43,8 +43,8 @@ class CpuTile:
     tokens: int
     rows: int
     landmarks: int
-    few: int = 8
-    segments: int = 16
+    few: int
+    segments: int
 
     def __post_init__(self) -> None:
         _require_least(self, few=0, vector_block=1, tokens=1, rows=1, landmarks=1, segments=1)
@@ -67,8 +67,7 @@ class CpuTile:
 
 @dataclass(frozen=True)
 class Region:
-    """A flat array: a tensor, or memory that a program needs besides. ``elements`` is a
-    C expression in B, L and C, of non-negative whole numbers."""
+    """A flat array: a tensor, or memory that a program needs besides. ``elements`` is a C expression in B, L and C."""
 
     name: str
     dtype: str

@@ -24,6 +24,7 @@ def insert(K) -> Any:
     def put(best, best_index, list, key, index):
         if key > best[list + K - 1]:
             place: T.int32 = K - 1
+            # Both sides of "and" are evaluated: at place 0 the right one looks at a place that there is.
             while place > 0 and best[list + T.max(place - 1, 0)] < key:
                 best[list + place] = best[list + place - 1]
                 best_index[list + place] = best_index[list + place - 1]
