@@ -9,6 +9,7 @@
     evaluate                              what was learnt
     prefill, generate, checkpoint         prompts, text, and files
     tokenizer                             bytes as tokens; needs no PyTorch
+    huggingface                           all of it behind the interface of Hugging Face transformers
 
 Import from these modules; this one loads nothing, so that running a bundle needs no PyTorch.
 """

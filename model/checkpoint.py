@@ -18,6 +18,8 @@ from hsa_compile.model.model import HsaModel
 
 FORMAT = "hsa-compile checkpoint"
 VERSION = 1
+# By these two, Hugging Face transformers find the classes of model/huggingface.py.
+MODEL_TYPE, ARCHITECTURE = "hsa", "HsaForCausalLM"
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 
 
@@ -51,7 +53,10 @@ def save_checkpoint(model: HsaModel, directory: str | Path, training: dict[str, 
     weights = {name: x.detach().contiguous().cpu() for name, x in model.state_dict().items()}
     if model.config.tie_embeddings:
         del weights["head.weight"]
-    about = {"format": FORMAT, "version": VERSION, "model": model.config.to_dict(), "training": training or {}}
+    about = {
+        "format": FORMAT, "version": VERSION, "model_type": MODEL_TYPE, "architectures": [ARCHITECTURE],
+        "model": model.config.to_dict(), "training": training or {},
+    }  # fmt: skip
     write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(weights, path, metadata={"format": "pt"}))
     write_atomically(directory / CONFIG_NAME, lambda path: write_text(path, json.dumps(about, indent=2) + "\n"))
     return directory

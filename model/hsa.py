@@ -33,6 +33,24 @@ def slot_weights(indices_BLHK: Tensor, scores_BLHK: Tensor, kind: SlotWeights) -
     return weights.masked_fill(~filled, 0.0)
 
 
+def dense_chunk_attention(
+    q_BLHqD: Tensor, k_BTHkvD: Tensor, v_BTHkvD: Tensor, indices: Tensor, weights: Tensor, S: int, off_by_one: bool
+) -> Tensor:
+    """``ops.chunk_attention`` by PyTorch's dense attention to every chunk, [B, L, Hq, D]: for memories of few chunks,
+    of which tokens select all anyway. Takes the memory of C outputs; arguments as there."""
+    (B, L, Hq, D), C, Hkv = q_BLHqD.shape, k_BTHkvD.shape[1] // S, k_BTHkvD.shape[2]
+    q = q_BLHqD.transpose(1, 2).unsqueeze(1).expand(B, C, Hq, L, D).flatten(0, 1)
+    k, v = (x.unflatten(1, (C, S)).transpose(2, 3).flatten(0, 1) for x in (k_BTHkvD, v_BTHkvD))
+    if off_by_one:  # a key and a value of zeros: exp(0) = 1 more in the denominators
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    o = F.scaled_dot_product_attention(q, k, v, enable_gqa=True).unflatten(0, (B, C))
+    filled = (indices >= 0) & (indices < C)
+    given = torch.where(filled, weights, 0.0)
+    w_BLHC = given.new_zeros(B, L, Hkv, C).scatter_add(-1, torch.where(filled, indices, 0).long(), given)
+    w = w_BLHC.permute(0, 3, 2, 1).repeat_interleave(Hq // Hkv, 2).unsqueeze(-1)
+    return torch.where(w != 0, o * w, 0.0).sum(1).transpose(1, 2).to(q_BLHqD.dtype)
+
+
 class MemoryReader(nn.Module):
     """A pre-norm sub-layer that reads the memory, and an MLP.
 
@@ -60,7 +78,13 @@ class MemoryReader(nn.Module):
 
 
 class HsaLayer(MemoryReader):
-    """Retrieval, HSA attention to what was retrieved, and an MLP."""
+    """Retrieval, HSA attention to what was retrieved, and an MLP.
+
+    Attributes:
+        dense_escape: attend densely where the memory has at most K chunks; the same up to rounding.
+    """
+
+    dense_escape = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -101,5 +125,7 @@ class HsaLayer(MemoryReader):
         indices, scores = self.select(x_BLd, memory, position_B, chunks_B, self.top_k)
         weights = self.weigh(indices, scores)
         q = self.q_norm(self.to_q(x_BLd).unflatten(-1, (c.hsa_heads, c.hsa_head_dim)))
-        o = chunk_attention(q, memory.k, memory.v, indices, weights, c.chunk_size, c.off_by_one)
+        few = self.dense_escape and 0 < memory.k.shape[1] <= self.top_k * c.chunk_size
+        attend = dense_chunk_attention if few else chunk_attention
+        o = attend(q, memory.k, memory.v, indices, weights, c.chunk_size, c.off_by_one)
         return self.out(o.flatten(2))

@@ -26,7 +26,11 @@ _WINDOWED = ("hsa", "nsa", "swa")
 
 
 def prefill(
-    model: HsaModel, ids_BL: Tensor, segment: int = SEGMENT, lengths: Sequence[int] | None = None
+    model: HsaModel,
+    ids_BL: Tensor,
+    segment: int = SEGMENT,
+    lengths: Sequence[int] | None = None,
+    state: State | None = None,
 ) -> tuple[Tensor, State]:
     """Runs prompts through the model in segments.
 
@@ -34,6 +38,7 @@ def prefill(
         ids_BL: int64 [B, L]; shorter prompts are padded on the right with any token.
         segment: tokens a step.
         lengths: tokens of each prompt, 1 … L; by default all have L.
+        state: what the prompts go on from, by default nothing; its memory is reused.
 
     Returns:
         Logits [B, V] after each prompt's last token, and the state.
@@ -46,7 +51,8 @@ def prefill(
     if lengths is not None and (len(lengths) != B or not all(1 <= n <= L for n in lengths)):
         raise ValueError(f"prompts must have 1 to {L} tokens each, got lengths {list(lengths)} for {B} rows")
     ragged = lengths is not None and min(lengths) < L
-    state = model.start(B, capacity=L // model.config.chunk_size + 1)
+    if state is None:
+        state = model.start(B, capacity=L // model.config.chunk_size + 1)
     last = torch.empty(0)
     for first in range(0, L, segment):
         part = ids_BL[:, first : first + segment]

@@ -36,6 +36,8 @@ class TrainConfig:
         accumulate: parts of a batch that go through the model one after the other; gradients add up.
         dtype: of matrix products; "bfloat16" is autocast, weights and optimizer stay in float32.
         recompute: keep no activations inside layers, make them again in the backward: less memory, a third more work.
+        dense_escape: attend densely, by PyTorch's own kernels, where a text has at most K chunks, so that every token
+            selects all it sees anyway; the same up to rounding.
         lr, min_lr, warmup: peak and last learning rate of a cosine schedule, and steps up to the peak.
         weight_decay: of matrices; vectors and the embedding have none.
         clip: largest norm of the gradient.
@@ -68,6 +70,7 @@ class TrainConfig:
     accumulate: int = 1
     dtype: TrainDtype = "float32"
     recompute: bool = False
+    dense_escape: bool = False
     lr: float = 4e-3
     min_lr: float = 2e-4
     warmup: int = 100

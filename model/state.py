@@ -82,6 +82,18 @@ class State:
             self.position, self.chunks, self.pending, self.swa_k, self.swa_v, self.mem_k, self.mem_v, self.landmark
         )  # fmt: skip
 
+    def rows(self, rows: Tensor) -> State:
+        """The state of these texts, int64 [n], in this order; a text may come several times. Nothing is shared."""
+
+        def pick(x: Tensor) -> Tensor:
+            return x.index_select(0, rows.to(x.device))
+
+        return State(
+            pick(self.position), pick(self.chunks), pick(self.pending),
+            [pick(x) for x in self.swa_k], [pick(x) for x in self.swa_v],
+            pick(self.mem_k), pick(self.mem_v), pick(self.landmark), self.ragged,
+        )  # fmt: skip
+
     def with_room(self, chunks: int) -> State:
         """This state with room for at least that many chunks: itself, or a copy with twice the memory or more."""
         if chunks <= self.capacity:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from hsa_compile.model.checkpoint import CheckpointError, save_checkpoint
 from hsa_compile.model.config import ConfigError
 from hsa_compile.model.evaluate import text_loss
+from hsa_compile.model.hsa import HsaLayer
 from hsa_compile.model.metrics import MetricsFile, matmul_rate, training_flops, watch_selections
 from hsa_compile.model.model import HsaModel, sequence_loss
 from hsa_compile.model.optimizer import learning_rate, make_optimizer
@@ -136,6 +137,9 @@ class _Run:
         torch.manual_seed(config.seed)
         self.model = HsaModel(config.model).to(world.device).train()
         self.model.recompute = config.recompute
+        for layer in self.model.modules():
+            if isinstance(layer, HsaLayer):
+                layer.dense_escape = config.dense_escape
         shard(self.model, world)
         self.optimizer = make_optimizer(self.model, config)
         self.batches = Batches(config, self.corpus.text)

@@ -20,14 +20,8 @@ FEW_ATTENDING, FEW_SELECTING, SEGMENTS = 8, 4, 16
 def tile_for(problem: Problem, target: CpuTarget) -> CpuTile:
     """Register blocks of 8 x 2 vectors where there are 32 registers (16 accumulators, 2 operands), 4 x 2 with 16."""
     row_block = 8 if target.registers >= 32 else 4
-    attends = isinstance(problem, ChunkAttention)
-    return CpuTile(
-        target.lanes,
-        row_block,
-        vector_block=2,
-        tokens=max(8, min(256, TILE_ROWS // problem.groups)) if attends else 128,
-        rows=GATHERED_ROWS,
-        landmarks=64,
-        few=FEW_ATTENDING if attends else FEW_SELECTING,
-        segments=SEGMENTS,
-    )
+    if isinstance(problem, ChunkAttention):
+        tokens, few = max(8, min(256, TILE_ROWS // problem.groups)), FEW_ATTENDING
+    else:
+        tokens, few = 128, FEW_SELECTING
+    return CpuTile(target.lanes, row_block, 2, tokens, GATHERED_ROWS, landmarks=64, few=few, segments=SEGMENTS)

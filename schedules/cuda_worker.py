@@ -1,9 +1,9 @@
 """The GPU compilers' process: ``python -m hsa_compile.schedules.cuda_worker`` answers requests of
 ``schedules/worker.py``.
 
-A request names a directory and a build request; the answer is the kernel's C symbol. A .cu of each launch (TileLang's
-kernel and its launcher), table.cu (the C interface), kernel.so and resources.json (registers, spills and shared memory
-of each kernel) are written there.
+A request names a directory and a build request; the answer is the kernel's C symbol. Written there: sources of the
+launches (TileLang's kernels and their launchers), table.cu (the C interface), kernel.so and resources.json (registers,
+spills and shared memory of each kernel).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
 from hsa_compile.ir import Problem, problem_from_dict
 from hsa_compile.ir.programs import GpuProgram, GpuTile
 from hsa_compile.schedules.builder import cache_directory, cuda_compiler
-from hsa_compile.schedules.cuda_glue import launcher_source, table_source
+from hsa_compile.schedules.cuda_glue import Lowered, launcher_source, table_source
 from hsa_compile.schedules.cuda_lowering import lower
 from hsa_compile.schedules.target import GpuTarget, resolve_gpu
 from hsa_compile.schedules.worker import serve
@@ -63,14 +65,48 @@ def _versions() -> str:
     return nvcc + host + importlib.metadata.version("tilelang")
 
 
-def _compile(name: str, directory: Path, target: GpuTarget, flags: list[str]) -> dict[str, int]:
-    """Compiles ``<name>.cu`` to an object; returns what the kernel takes of the machine.
+@dataclass(frozen=True)
+class Unit:
+    """A source file.
+
+    Args:
+        name: of the file, without its suffix.
+        source: CUDA C++.
+        flags: nvcc's, besides those of the target.
+        kernels: C names of its kernels, by launch.
+    """
+
+    name: str
+    source: str
+    flags: tuple[str, ...]
+    kernels: dict[str, str]
+
+
+def _units(program: GpuProgram, kernels: list[Lowered]) -> Iterator[Unit]:
+    """Matrix kernels, which tiles change, in files of their own; the others together, as TileLang's headers take nvcc
+    longer than they do."""
+    together: dict[tuple[str, ...], dict[str, tuple[str, str]]] = {}
+    for launch, kernel in zip(program.launches, kernels):
+        # TileLang leaves it to nvcc to make exponentials single instructions where the program allows it.
+        flags: tuple[str, ...] = ("-use_fast_math",) if launch.options.get("tl.enable_fast_math") else ()
+        source = launcher_source(launch, kernel)
+        if "/instruction/" in kernel.source:
+            yield Unit(launch.symbol, source, flags, {launch.symbol: kernel.symbol})
+        else:
+            together.setdefault(flags, {})[launch.symbol] = (kernel.symbol, source)
+    for flags, each in together.items():
+        text = "\n".join(source for _, source in each.values())
+        yield Unit("_".join(each), text, flags, {launch: symbol for launch, (symbol, _) in each.items()})
+
+
+def _compile(unit: Unit, directory: Path, target: GpuTarget) -> dict[str, dict[str, int]]:
+    """Compiles a unit to an object; returns what each of its kernels takes of the machine.
 
     Objects are kept by their source: tiles that differ for one launch share the others, and nvcc is most of a build.
     """
-    options = [*_nvcc(target), *flags, "-Xptxas", "-v"]
-    source = (directory / f"{name}.cu").read_text()
-    key = hashlib.sha256("\0".join([*options, _versions(), source]).encode()).hexdigest()[:24]
+    name, options = unit.name, [*_nvcc(target), *unit.flags, "-Xptxas", "-v"]
+    (directory / f"{name}.cu").write_text(unit.source)
+    key = hashlib.sha256("\0".join([*options, _versions(), unit.source]).encode()).hexdigest()[:24]
     kept = cache_directory() / "objects" / key
     if not kept.is_dir():
         done = subprocess.run(
@@ -87,7 +123,13 @@ def _compile(name: str, directory: Path, target: GpuTarget, flags: list[str]) ->
             with contextlib.suppress(OSError):  # another process was first
                 new.rename(kept)
     shutil.copy(kept / "object.o", directory / f"{name}.o")
-    report = (kept / "ptxas.txt").read_text()
+    reports = (kept / "ptxas.txt").read_text().split("Compiling entry function '")[1:]
+    of_kernel = {report.split("'")[0]: report for report in reports}
+    return {launch: _resources(of_kernel[symbol]) for launch, symbol in unit.kernels.items()}
+
+
+def _resources(report: str) -> dict[str, int]:
+    """What ptxas says of a kernel."""
     found = {
         "registers": r"Used (\d+) registers",
         "stack_bytes": r"(\d+) bytes stack frame",
@@ -102,26 +144,21 @@ def main(directory: Path, request: dict[str, Any]) -> str:
     program = program_for(problem, request["pass"], GpuTile(**request["tile"]))
     prefix = f"hsa_{problem.digest}_{request['pass']}"
     kernels = [lower(launch, f"{prefix}_{launch.symbol}", target) for launch in program.launches]
-    for launch, kernel in zip(program.launches, kernels):
-        (directory / f"{launch.symbol}.cu").write_text(launcher_source(launch, kernel))
     symbol, table = table_source(program, problem, request["pass"], [kernel.symbol for kernel in kernels])
-    (directory / "table.cu").write_text(table)
-    # TileLang leaves it to nvcc to make exponentials single instructions where the program allows it.
-    flags = {x.symbol: ["-use_fast_math"] if x.options.get("tl.enable_fast_math") else [] for x in program.launches}
-    flags["table"] = []
-    names = list(flags)
+    units = [*_units(program, kernels), Unit("table", table, (), {})]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        resources = dict(zip(names, pool.map(lambda name: _compile(name, directory, target, flags[name]), names)))
+        compiled = pool.map(lambda unit: _compile(unit, directory, target), units)
+        resources = {launch: each for unit in compiled for launch, each in unit.items()}
     for launch, kernel in zip(program.launches, kernels):
         resources[launch.symbol]["dynamic_shared_bytes"] = kernel.shared_bytes
-    del resources["table"]
     (directory / "resources.json").write_text(json.dumps(resources, indent=1) + "\n")
+    objects = [f"{unit.name}.o" for unit in units]
     # Every object brings the same printing helpers of TileLang's header debug.h, which defines them without inline.
     same = ["-Xlinker", "--allow-multiple-definition"]
-    link = [cuda_compiler(), "-shared", "-cudart", "static", *same, *(f"{name}.o" for name in names), "-o", "kernel.so"]
+    link = [cuda_compiler(), "-shared", "-cudart", "static", *same, *objects, "-o", "kernel.so"]
     subprocess.run(link, cwd=directory, check=True)
-    for name in names:
-        (directory / f"{name}.o").unlink()
+    for name in objects:
+        (directory / name).unlink()
     return symbol
 
 

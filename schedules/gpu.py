@@ -13,5 +13,7 @@ from hsa_compile.schedules.target import GpuTarget
 def tile_for(problem: Problem, pass_name: str, target: GpuTarget, length: int | None = None) -> GpuTile:
     """Tiles of a problem's pass, for segments of about ``length`` tokens; for long ones where it is None."""
     if isinstance(problem, ChunkAttention):
-        return attention_tile(problem, target.arch) if pass_name == "forward" else attention_backward_tile(problem)
+        if pass_name == "backward":
+            return attention_backward_tile(problem)
+        return attention_tile(problem, target.arch, length)
     return select_tile(problem, target.arch, pass_name, length)

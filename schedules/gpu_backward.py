@@ -12,7 +12,10 @@ def attention_backward_tile(problem: ChunkAttention) -> GpuTile:
     """Sizes for ``problem`` on sm_90a.
 
     64 query rows a tile, in few registers, so that several blocks share a multiprocessor; small groups need more tokens
-    for that. A work item is about 4096 query rows: few enough to spread popular chunks, enough to load a chunk once.
+    for that. Tiles of two and four warpgroups load a chunk once for more tokens, but wait on each other: 0.78 and 0.79
+    instead of 0.74 ms for 8 times 4096 tokens on an H100, and 12 % more with random selections.
+
+    A work item is about 4096 query rows: few enough to spread popular chunks, enough to load a chunk once.
     """
     D, S, G = problem.head_dim, problem.chunk_size, problem.groups
     tokens = max(1, min(64, 64 // G))

@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 from emulate import EmulatedKernel
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
 from hsa_compile.schedules import build
+from hsa_compile.schedules.choice import default_tile
 from hsa_compile.schedules.gpu_forward import BLOCK_SHARED, attention_tile
 from hsa_compile.schedules.gpu_select import SHARED_MEMORY, select_tile, shared_bytes
+from hsa_compile.schedules.target import resolve_any
 from inputs import (
     SELECT_KINDS,
     Tensors,
@@ -113,6 +115,7 @@ CHECKS = {
                 (ODD, "backward", "sm_90a", None),
                 (ODD, "backward", "sm_80", None),
                 (ODD, "forward", "sm_90a", 1),
+                (ChunkAttention(8, 1, 64, 64, 4, **BF16), "forward", "sm_90a", None),
                 (ChunkAttention(16, 16, 64, 64, 16, **BF16), "backward", "sm_90a", None),
                 (ChunkAttention(4, 1, 64, 256, 2, **BF16), "backward", "sm_90a", None),
                 (SELECT, "backward", "sm_90a", None),
@@ -127,7 +130,8 @@ CHECKS = {
 def test_a_program_computes_its_operator(
     problem: Problem, pass_name: str, arch: str, length: int | None, tmp_path: Path
 ) -> None:
-    artifact = build(problem, pass_name, f"cuda:{arch}", length=length)
+    target = f"cuda:{arch}"
+    artifact = build(problem, pass_name, target, default_tile(problem, pass_name, resolve_any(target), length))
     resources = json.loads((artifact.directory / "resources.json").read_text())
     assert all(kernel["registers"] > 0 and kernel["spill_bytes"] == 0 for kernel in resources.values()), resources
     CHECKS[problem.op, pass_name](EmulatedKernel(artifact, tmp_path), problem)  # type: ignore[arg-type]
@@ -171,12 +175,26 @@ def test_what_is_not_supported_is_refused_with_what_is() -> None:
 def test_tiles_of_attention_fit_the_machine(heads: tuple[int, int], D: int, S: int, K: int) -> None:
     problem = ChunkAttention(*heads, D, S, K, **BF16)
     tile = attention_tile(problem)
-    rows = -(-tile.tokens * problem.groups // 64) * 64
     assert tile.tokens * K <= 4096
+    if tile.form == "warps":
+        warps = -(-tile.tokens * problem.groups // 16)
+        assert 1 <= warps < 16 // tile.blocks
+        assert tile.blocks * tile.stages * 4 * S * D <= BLOCK_SHARED
+        assert tile.stages >= 2
+        return
+    rows = -(-tile.tokens * problem.groups // 64) * 64
     assert rows <= 128
     if tile.wgmma:
         assert tile.blocks * (rows + 2 * tile.stages * S) * D * 2 <= BLOCK_SHARED
         assert tile.stages >= 2
+
+
+def test_few_tokens_have_forms_of_their_own() -> None:
+    forms = {length: attention_tile(PLAIN, length=length).form for length in (1, 4, 16, 4096, None)}
+    assert forms == {1: "token", 4: "token", 16: "warps", 4096: "warps", None: "warps"}
+    assert attention_tile(ChunkAttention(16, 1, 64, 64, 8, **BF16)).form == "rows"
+    assert select_tile(SELECT, "sm_90a", length=1).split > 0
+    assert select_tile(SELECT, "sm_90a").split == 0
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

@@ -180,3 +180,25 @@ def test_parameters_that_cannot_be_reached() -> None:
 def test_config_refuses(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         with_change(**change)
+
+
+@pytest.mark.parametrize("off_by_one", [False, True])
+def test_dense_escape_gives_the_same(off_by_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lively(HsaModel(with_change(off_by_one=off_by_one)))
+    ids = torch.randint(0, 50, (2, 4 * SMALL.top_k + 2))
+    results = []
+    for escape in (False, True):
+        for group in model.groups:
+            group.hsa.dense_escape = escape
+        if escape:
+            monkeypatch.setattr("hsa_compile.model.hsa.chunk_attention", None)
+        model.zero_grad()
+        loss = sequence_loss(model(ids[:, :-1]), ids[:, 1:])
+        loss.backward()
+        results.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert results[0][1].abs().max() > 0
+    monkeypatch.undo()
+    longer = torch.randint(0, 50, (1, 40))  # more chunks than are selected: not taken
+    assert model(longer).isfinite().all()

@@ -47,21 +47,36 @@ def default_shapes(lengths: Sequence[int] = ()) -> list[Shape]:
     return [shape for shape in shapes if not lengths or shape.L in lengths]
 
 
-def run(shapes: Sequence[Shape], seed: int = 0, progress: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Checks, then times all implementations of all shapes on the current GPU; returns the suite's measurements."""
+def run(
+    shapes: Sequence[Shape],
+    seed: int = 0,
+    progress: Callable[[str], None] = print,
+    keep: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
+) -> list[dict[str, Any]]:
+    """Checks, then times all implementations of all shapes on the current GPU; returns the suite's measurements.
+
+    Args:
+        progress: is told what comes next.
+        keep: is given all measurements so far, now and then.
+    """
     common = {**common_keys("kernels", seed, "cuda"), "ceiling_tflops": matmul_tflops(), "copy_tbs": copy_tbs()}
-    rows = []
-    for shape in shapes:
-        progress(f"B {shape.B}, L {shape.L}, heads {shape.q_heads}/{shape.kv_heads}, {shape.selection}")
-        rows += [{**common, **shape.keys(), **row} for row in _attention_rows(shape, seed)]
+    rows: list[dict[str, Any]] = []
+    for name, part in _parts(shapes, seed):
+        progress(name)
+        rows += [{**common, **row} for row in part]
         torch.cuda.empty_cache()
-    for B, L, C, Dr in SELECT_SIZES:
-        progress(f"selection, B {B}, L {L}, C {C}, Dr {Dr}")
-        rows += [{**common, **row} for row in _select_rows(B, L, C, Dr, seed)]
-    for B, context in DECODE_SIZES:
-        progress(f"decoding, B {B}, {context} tokens")
-        rows += [{**common, **row} for row in _decode_rows(B, context, seed)]
+        keep(rows)
     return rows
+
+
+def _parts(shapes: Sequence[Shape], seed: int) -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+    for shape in shapes:
+        name = f"B {shape.B}, L {shape.L}, heads {shape.q_heads}/{shape.kv_heads}, {shape.selection}"
+        yield name, ({**shape.keys(), **row} for row in _attention_rows(shape, seed))
+    for B, L, C, Dr in SELECT_SIZES:
+        yield f"selection, B {B}, L {L}, C {C}, Dr {Dr}", _select_rows(B, L, C, Dr, seed)
+    for B, context in DECODE_SIZES:
+        yield f"decoding, B {B}, {context} tokens", _decode_rows(B, context, seed)
 
 
 def matmul_tflops(size: int = 8192) -> float:

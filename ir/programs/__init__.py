@@ -101,6 +101,9 @@ class Program:
     stages: tuple[Stage, ...]
 
 
+FORMS = ("rows", "warps", "token")
+
+
 @dataclass(frozen=True)
 class GpuTile:
     """Sizes that a schedule chooses for a GPU.
@@ -113,9 +116,11 @@ class GpuTile:
         slots: slots of one token that a thread block takes where tokens are few.
         memory_stages: as ``stages``, of the pass that goes chunk by chunk.
         memory_blocks: as ``blocks``, of that pass.
-        bound: tiles of landmarks, the newest, that a selection scores twice: first for a bound of the K-th best score.
-        split: blocks that a selection divides the landmarks among, for few queries; 0 for one block a tile of queries.
+        bound: tiles of landmarks that a selection scores twice: first for a bound of the K-th best score.
+        split: blocks that share a selection's landmarks where tiles of queries are fewer; 0 for a block a tile always.
         wgmma: use the matrix instructions and bulk copies of sm_90a instead of those of sm_80.
+        form: of the forward of chunk attention: "rows" where all rows of a tile meet its chunks, "warps" where every
+            16 rows meet their own, "token" for few tokens, one a thread block.
     """
 
     tokens: int = 8
@@ -128,10 +133,13 @@ class GpuTile:
     bound: int = 1
     split: int = 0
     wgmma: bool = True
+    form: str = "rows"
 
     def __post_init__(self) -> None:
         _require_least(self, tokens=1, stages=1, blocks=1, pairs=1, slots=1, memory_stages=1, memory_blocks=1)
         _require_least(self, bound=0, split=0)
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ SELECT_SHAPES: tuple[tuple[Shape, str, bool], ...] = (
     ((3, 1, 20000), "random", True),
     ((1, 5, 20000), "ties", True),
 )
+DECODE_SHAPES: tuple[Shape, ...] = ((2, 1, 9), (3, 3, 40), (1, 2, 1), (70, 1, 300), (1, 1, 0))
 # Decoding and short segments, which kernels picked by length serve.
 FEW_SHAPES: tuple[tuple[Shape, str, bool], ...] = (
     *(((2, 1, 3000), kind, False) for kind in SELECT_KINDS),
@@ -289,6 +290,9 @@ def jobs(backend: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for pass_name in RESULTS:
         for name, case in attention.items():
             yield f"attention {pass_name} {name}", lambda c=case, w=pass_name: check_attention(*c, w)
+    for name, (problem, _, skew) in attention.items():
+        case = problem, DECODE_SHAPES, skew
+        yield f"attention forward few {name}", lambda c=case: check_attention(*c, "forward")
     for name, problem in select.items():
         yield f"select {name}", lambda p=problem: check_select(p)
         yield f"select few {name}", lambda p=problem: check_select(p, FEW_SHAPES)
@@ -345,6 +349,7 @@ def build_all(target: str, only: str) -> list[str]:
 
     attention, select = attention_problems("compiled"), select_problems("compiled")
     problems: dict[str, Problem] = {f"attention {w} {n}": c[0] for w in RESULTS for n, c in attention.items()}
+    problems |= {f"attention forward few {n}": c[0] for n, c in attention.items()}
     problems |= {f"select {n}": p for n, p in select.items()}
     problems |= {f"select few {n}": p for n, p in select.items()}
     problems |= {f"select backward {n}": replace(p, window=0) for n, p in select.items()}

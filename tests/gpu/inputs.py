@@ -45,7 +45,8 @@ def attention_by_definition(
     p: ChunkAttention, inputs: Tensors, wide: torch.dtype, rounded: torch.dtype | None = None
 ) -> Tensors:
     """(o, d_q, d_k, d_v, d_weights) in ``wide``. With ``rounded``, probabilities and logit gradients go through that
-    type before they are multiplied, and so do the results, as in any half-precision attention."""
+    type before they are multiplied, and so do the results, as in any half-precision attention; a token's duplicates of
+    a chunk are rounded as one, for their errors would partly cancel out where tokens are few."""
     grad_o, q, k, v, indices, weights = inputs
     (B, L, _, D), Hkv, S, K = q.shape, p.kv_heads, p.chunk_size, p.top_k
     C, G = k.shape[1] // S, p.groups
@@ -64,7 +65,11 @@ def attention_by_definition(
                 rows = slice(t, t + step)
                 live = (indices[b, rows, h] >= 0) & (indices[b, rows, h] < C)
                 at = torch.where(live, indices[b, rows, h], 0).long()
-                w = torch.where(live, weights[b, rows, h], 0.0).to(wide)[..., None, None]
+                w = torch.where(live, weights[b, rows, h], 0.0).to(wide)
+                if rounded:
+                    same = (at[:, :, None] == at[:, None]) & live[:, :, None] & live[:, None]
+                    w = (same * w[:, None]).sum(-1) * ~same.tril(-1).any(-1)
+                w = w[..., None, None]
                 kk, vv = keys[at].to(wide), values[at].to(wide)
                 qq, gg = (x[b, rows].view(-1, Hkv, G, D)[:, h].to(wide) for x in (q, grad_o))
                 s = torch.einsum("lgd,lksd->lkgs", qq, kk) * p.scale

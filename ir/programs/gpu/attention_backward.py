@@ -67,14 +67,14 @@ def program(problem: ChunkAttention, tile: GpuTile) -> GpuProgram:
         (
             *grouping_launches(pairs),
             launch(
-                (query_pass_by_pieces if by_pieces else query_pass)(pairs, tile), "q", "k", "v", "grad_o", "entries", "entry_count", "place_weight", "lse",
+                (query_pass_by_pieces if by_pieces else query_pass)(pairs, tile), "q", "k", "v", "grad_o", "entries", "entry_count", "place_pair", "lse",
                 "delta", "d_q",
             ),
-            launch(sum_heads(pairs), "place_of", "delta", "d_weights"),
+            pairs.launch(sum_heads(pairs), "place_of", "delta", "d_weights", PLACES=pairs.places),
             launch(
-                memory_pass(pairs, tile), "q", "k", "v", "grad_o", "items", "place_row", "lse", "delta", "partials",
+                memory_pass(pairs, tile), "q", "k", "v", "grad_o", "items", "order", "place_pair", "lse", "delta", "partials",
                 "d_k", "d_v",
             ),
-            launch(sum_items(pairs), "chunk_pairs", "chunk_item", "partials", "d_k", "d_v"),
+            pairs.launch(sum_items(pairs), "chunk_pairs", "chunk_item", "partials", "d_k", "d_v", ITEMS=pairs.items),
         ),
     )  # fmt: skip

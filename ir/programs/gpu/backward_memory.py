@@ -99,7 +99,8 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
     def memory_pass(
         q: T.Tensor((ROWS, G, D), dtype), k: T.Tensor((B, KEYS, Hkv, D), dtype),
         v: T.Tensor((B, KEYS, Hkv, D), dtype), grad_o: T.Tensor((ROWS, G, D), dtype),
-        items: T.Tensor((B, Hkv, ROW_ITEMS, 4), "int32"), place_row: T.Tensor((PLACES,), "int32"),
+        items: T.Tensor((B, Hkv, ROW_ITEMS, 4), "int32"), order: T.Tensor((B, Hkv, ROW_ITEMS), "int32"),
+        place_pair: T.Tensor((PLACES, 2), "int32"),
         lse: T.Tensor((BLOCKS, W), "float32"), delta: T.Tensor((BLOCKS, W), "float32"),
         partials: T.Tensor((B, Hkv, ROW_ITEMS, PIECES, 2, 64, D), "float32"),
         d_k: T.Tensor((B, C, S, Hkv, D), dtype), d_v: T.Tensor((B, C, S, Hkv, D), dtype),
@@ -133,7 +134,7 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
             row = T.alloc_var("int32")
             T.annotate_min_blocks_per_sm(tile.memory_blocks)
             tx = T.get_thread_binding()
-            item = T.truncdiv(n, PIECES * PARTS)
+            item = order[b, h, T.truncdiv(n, PIECES * PARTS)]
             piece = T.truncmod(T.truncdiv(n, PARTS), PIECES)
             part = T.truncmod(n, PARTS)
             count = T.truncdiv(items[b, h, item, 2] + tokens - 1, tokens)
@@ -144,7 +145,7 @@ def memory_pass(pairs: Pairs, tile: GpuTile) -> Any:
                 negative = 0
                 for i in T.serial((P + NT - 1) // NT):
                     if i * NT + tx < count * tokens:
-                        row = place_row[first + i * NT + tx]
+                        row = place_pair[first + i * NT + tx, 0]
                         signs[i * NT + tx] = row
                         rows[i * NT + tx] = T.if_then_else(row < 0, -1 - row, row)
                         negative = negative | T.if_then_else(row < 0, 1, 0)

@@ -15,7 +15,7 @@ from hsa_compile.ir.programs.gpu.backward_queries import (
     copy_tile_rows,
     locate_pairs,
     tile_rows,
-    warp_tokens,
+    tokens_of_rows,
 )  # fmt: skip
 from hsa_compile.ir.programs.gpu.pairs import Pairs, symbols
 
@@ -90,7 +90,7 @@ def query_pass_by_pieces(pairs: Pairs, tile: GpuTile) -> Any:
         q: T.Tensor((B, L, Hq, D), dtype), k: T.Tensor((B, KEYS, Hkv, D), dtype),
         v: T.Tensor((B, KEYS, Hkv, D), dtype), grad_o: T.Tensor((B, L, Hq, D), dtype),
         entries: T.Tensor((B, Hkv, TILES, N, 4), "int32"), entry_count: T.Tensor((B, Hkv, TILES), "int32"),
-        place_weight: T.Tensor((PLACES,), "float32"), lse: T.Tensor((PLACES, G), "float32"),
+        place_pair: T.Tensor((PLACES, 2), "int32"), lse: T.Tensor((PLACES, G), "float32"),
         delta: T.Tensor((PLACES, G), "float32"), d_q: T.Tensor((B, L, Hq, D), dtype),
     ):  # fmt: skip
         with T.Kernel(TILES, Hkv, B, threads=NT) as (n, h, b):
@@ -125,12 +125,12 @@ def query_pass_by_pieces(pairs: Pairs, tile: GpuTile) -> Any:
             copy_rows(grad_o, Ds, b, h, n, L)
             T.fence_proxy_async()
             T.fill(dQ, 0)
-            low_tokens = warp_tokens(pairs, tx, 0)
-            high_tokens = warp_tokens(pairs, tx, 32)
+            low_tokens = tokens_of_rows(pairs, tx // 32 * 16, 16, 0)
+            high_tokens = tokens_of_rows(pairs, tx // 32 * 16, 16, 32)
             step = 0
             T.sync_threads()
             for i in T.serial(count):
-                locate(entries, place_weight, b, h, n, i, place, weight)
+                locate(entries, place_pair, b, h, n, i, place, weight)
                 chosen = (entries[b, h, n, i, 2] & low_tokens) | (entries[b, h, n, i, 3] & high_tokens)
                 T.fill(peak, 0 if problem.off_by_one else -T.infinity("float32"))
                 T.fill(total, 1 if problem.off_by_one else 0)

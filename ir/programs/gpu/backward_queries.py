@@ -34,11 +34,11 @@ def tile_rows(pairs: Pairs) -> int:
     return -(-pairs.tokens * pairs.problem.groups // 64) * 64
 
 
-def warp_tokens(pairs: Pairs, tx: Any, first: int) -> Any:
-    """Mask of the tokens, from ``first`` on and 32 at most, whose rows the warp of thread tx holds."""
+def tokens_of_rows(pairs: Pairs, row: Any, rows: int, first: int) -> Any:
+    """Mask of the tokens, from ``first`` on and 32 at most, that have any of ``rows`` rows of a tile from ``row`` on."""
     G = pairs.problem.groups
-    begin = T.max(tx // 32 * 16 // G - first, 0)
-    end = T.min(T.min((tx // 32 * 16 + 15) // G + 1, pairs.tokens) - first, 32)
+    begin = T.max(row // G - first, 0)
+    end = T.min(T.min((row + rows - 1) // G + 1, pairs.tokens) - first, 32)
     ones = T.shift_right(T.Cast("uint32", 0xFFFFFFFF), T.Cast("uint32", 32 - T.max(end - begin, 1)))
     return T.if_then_else(end > begin, T.Cast("int32", T.shift_left(ones, T.Cast("uint32", T.min(begin, 31)))), 0)
 
@@ -48,7 +48,7 @@ def locate_pairs(pairs: Pairs) -> Any:
     M, tokens, G = tile_rows(pairs), pairs.tokens, pairs.problem.groups
 
     @T.macro
-    def locate(entries, place_weight, b, h, n, i, place, weight):
+    def locate(entries, place_pair, b, h, n, i, place, weight):
         first = entries[b, h, n, i, 1]
         low = entries[b, h, n, i, 2]
         high = entries[b, h, n, i, 3]
@@ -58,7 +58,7 @@ def locate_pairs(pairs: Pairs) -> Any:
             if r < tokens * G:
                 if masked(low, high, r // G, tokens) == 1:
                     place[r] = first + masked_before(low, high, r // G, tokens)
-                    weight[r] = place_weight[place[r]]
+                    weight[r] = T.reinterpret(place_pair[place[r], 1], "float32")
 
     return locate
 
@@ -93,8 +93,9 @@ def copy_keys_of(pairs: Pairs) -> Any:
 def query_pass(pairs: Pairs, tile: GpuTile) -> Any:
     """A block a tile of T tokens: T*G query rows, padded to whole warpgroups, against one entry's chunk at a time.
 
-    S = QK^T and dP = dO V^T run on all rows; a warp none of whose tokens selected the chunk skips the rest. The first
-    warp loads chunks ``tile.stages`` ahead.
+    A warpgroup none of whose tokens selected the chunk only passes by: two that share a tile load its chunks once and
+    multiply no more than two tiles would. S = QK^T and dP = dO V^T run on all 64 rows; a warp none of whose tokens
+    selected the chunk skips the rest. The first warp loads chunks ``tile.stages`` ahead.
     """
     problem = pairs.problem
     Hq, Hkv, D, S, G = problem.q_heads, problem.kv_heads, problem.head_dim, problem.chunk_size, problem.groups
@@ -116,29 +117,42 @@ def query_pass(pairs: Pairs, tile: GpuTile) -> Any:
         T.barrier_arrive(full[i % stages])
 
     @T.macro
-    def differentiate(logits, dP, X, peak, total, place, weight, row_delta, lse, delta):
-        """e and dP to X = w*p*(dP - delta), in the product's type, with p = e / total; and the rows' lse and delta."""
+    def refill(k, v, entries, b, h, n, Ks, Vs, full, empty, count, i, tx):
+        if tx < 32 and i > 0 and i - 1 + stages < count:
+            T.barrier_wait(empty[(i + stages - 1) % stages], ((i - 1) // stages) & 1)
+            load(k, v, entries, b, h, n, Ks, Vs, full, i - 1 + stages)
+
+    @T.macro
+    def differentiate(logits, dP, product, X, peak, total, place, weight, row_delta, lse, delta):
+        """e and dP to X = w*p*(dP - delta), in the product's type, with p = e / total; and the rows' lse and delta.
+
+        Instructions bound this pass: two multiply-adds and a product an element, for neither p nor p*dP is formed.
+        """
+        for r, j in T.Parallel(M, S):
+            product[r, j] = dP[r, j] * logits[r, j]
+        T.reduce_sum(product, row_delta, dim=1)
         for r in T.Parallel(M):
             total[r] = 1.0 / total[r]
-        for r, j in T.Parallel(M, S):
-            dP[r, j] = dP[r, j] * logits[r, j]
-        T.reduce_sum(dP, row_delta, dim=1)
-        for r in T.Parallel(M):
             row_delta[r] = row_delta[r] * total[r]
             if place[r] >= 0:
                 lse[place[r], r % G] = peak[r] - T.log2(total[r] * T.abs(weight[r]))
                 delta[place[r], r % G] = row_delta[r]
         for r in T.Parallel(M):
             total[r] = total[r] * weight[r]
-        for r, j in T.Parallel(M, S):
-            X[r, j] = T.if_then_else(place[r] >= 0, (dP[r, j] - logits[r, j] * row_delta[r]) * total[r], 0.0)
+            row_delta[r] = row_delta[r] * total[r]
+        if G % 16 == 0:  # the rows of a warp are one token's
+            for r, j in T.Parallel(M, S):
+                X[r, j] = logits[r, j] * (dP[r, j] * total[r] - row_delta[r])
+        else:
+            for r, j in T.Parallel(M, S):
+                X[r, j] = T.if_then_else(place[r] >= 0, logits[r, j] * (dP[r, j] * total[r] - row_delta[r]), 0.0)
 
     @T.prim_func
     def query_pass(
         q: T.Tensor((B, L, Hq, D), dtype), k: T.Tensor((B, KEYS, Hkv, D), dtype),
         v: T.Tensor((B, KEYS, Hkv, D), dtype), grad_o: T.Tensor((B, L, Hq, D), dtype),
         entries: T.Tensor((B, Hkv, TILES, N, 4), "int32"), entry_count: T.Tensor((B, Hkv, TILES), "int32"),
-        place_weight: T.Tensor((PLACES,), "float32"), lse: T.Tensor((PLACES, G), "float32"),
+        place_pair: T.Tensor((PLACES, 2), "int32"), lse: T.Tensor((PLACES, G), "float32"),
         delta: T.Tensor((PLACES, G), "float32"), d_q: T.Tensor((B, L, Hq, D), dtype),
     ):  # fmt: skip
         with T.Kernel(TILES, Hkv, B, threads=NT) as (n, h, b):
@@ -148,6 +162,7 @@ def query_pass(pairs: Pairs, tile: GpuTile) -> Any:
             Vs = T.alloc_shared((stages, S, D), dtype)
             logits = T.alloc_fragment((M, S), "float32")
             dP = T.alloc_fragment((M, S), "float32")
+            product = T.alloc_fragment((M, S), "float32")
             X = T.alloc_fragment((M, S), dtype)
             dQ = T.alloc_fragment((M, D), "float32")
             peak = T.alloc_fragment((M,), "float32")
@@ -161,6 +176,11 @@ def query_pass(pairs: Pairs, tile: GpuTile) -> Any:
             count = T.alloc_var("int32")
             low_tokens = T.alloc_var("int32")
             high_tokens = T.alloc_var("int32")
+            low_present = T.alloc_var("int32")
+            high_present = T.alloc_var("int32")
+            chosen = T.alloc_var("int32")
+            present = T.alloc_var("int32")
+            warpgroup = T.alloc_var("int32")
             T.annotate_min_blocks_per_sm(tile.blocks)
             tx = T.get_thread_binding()
             count = entry_count[b, h, n]
@@ -173,37 +193,45 @@ def query_pass(pairs: Pairs, tile: GpuTile) -> Any:
             if tile.wgmma:
                 T.fence_proxy_async()
             T.fill(dQ, 0)
-            low_tokens = warp_tokens(pairs, tx, 0)
-            high_tokens = warp_tokens(pairs, tx, 32)
+            low_tokens = tokens_of_rows(pairs, tx // 32 * 16, 16, 0)
+            high_tokens = tokens_of_rows(pairs, tx // 32 * 16, 16, 32)
+            # The shuffle shows the compiler that a warp goes one way: it serializes matrix products where it must doubt.
+            warpgroup = T.shfl_sync(tx // 128, 0)
+            low_present = tokens_of_rows(pairs, warpgroup * 64, 64, 0)
+            high_present = tokens_of_rows(pairs, warpgroup * 64, 64, 32)
+            present = 1
             T.sync_threads()
             for i in T.serial(count):
-                locate(entries, place_weight, b, h, n, i, place, weight)
+                locate(entries, place_pair, b, h, n, i, place, weight)
+                chosen = (entries[b, h, n, i, 2] & low_tokens) | (entries[b, h, n, i, 3] & high_tokens)
+                if tile.wgmma and M > 64:
+                    present = (entries[b, h, n, i, 2] & low_present) | (entries[b, h, n, i, 3] & high_present)
                 if tile.wgmma:
                     T.barrier_wait(full[i % stages], (i // stages) & 1)
                 else:
                     copy_keys(k, Ks, b, h, entries[b, h, n, i, 0] * S, S, KEYS)
                     copy_keys(v, Vs, b, h, entries[b, h, n, i, 0] * S, S, KEYS)
                     T.sync_threads()
-                multiply(Qs, Ks[i % stages, :, :], logits, transpose_B=True, policy=FULL_ROW, clear_accum=True)
-                multiply(Ds, Vs[i % stages, :, :], dP, transpose_B=True, policy=FULL_ROW, clear_accum=True)
-                if tile.wgmma and tx < 32:
-                    if i > 0 and i - 1 + stages < count:
-                        T.barrier_wait(empty[(i + stages - 1) % stages], ((i - 1) // stages) & 1)
-                        load(k, v, entries, b, h, n, Ks, Vs, full, i - 1 + stages)
-                chosen = (entries[b, h, n, i, 2] & low_tokens) | (entries[b, h, n, i, 3] & high_tokens)
+                if present != 0:
+                    multiply(Qs, Ks[i % stages, :, :], logits, transpose_B=True, policy=FULL_ROW, clear_accum=True)
+                    multiply(Ds, Vs[i % stages, :, :], dP, transpose_B=True, policy=FULL_ROW, clear_accum=True)
+                    if tile.wgmma:
+                        refill(k, v, entries, b, h, n, Ks, Vs, full, empty, count, i, tx)
+                        T.wait_wgmma(1)
+                    if chosen != 0:
+                        softmax(logits, peak, total)
+                    if tile.wgmma:
+                        T.wait_wgmma(0)
+                    if chosen != 0:
+                        differentiate(logits, dP, product, X, peak, total, place, weight, row_delta, lse, delta)
+                    else:
+                        T.fill(X, 0)
+                    multiply(X, Ks[i % stages, :, :], dQ, policy=FULL_ROW)
+                    if tile.wgmma:
+                        T.wait_wgmma(0)
+                elif tile.wgmma:
+                    refill(k, v, entries, b, h, n, Ks, Vs, full, empty, count, i, tx)
                 if tile.wgmma:
-                    T.wait_wgmma(1)
-                if chosen != 0:
-                    softmax(logits, peak, total)
-                if tile.wgmma:
-                    T.wait_wgmma(0)
-                if chosen != 0:
-                    differentiate(logits, dP, X, peak, total, place, weight, row_delta, lse, delta)
-                else:
-                    T.fill(X, 0)
-                multiply(X, Ks[i % stages, :, :], dQ, policy=FULL_ROW)
-                if tile.wgmma:
-                    T.wait_wgmma(0)
                     if tx % 32 == 0:
                         T.barrier_arrive(empty[i % stages])
                 else:
@@ -233,21 +261,23 @@ def sum_heads(pairs: Pairs) -> Any:
             part = T.alloc_local((4,), "float32")
             t = T.alloc_var("int32")
             slot = T.alloc_var("int32")
+            p = T.alloc_var("int32")
             tx = T.get_thread_binding()
             for i in T.serial((rows + NT - 1) // NT):
                 t = n * tokens + (i * NT + tx) // (Hkv * K)
                 slot = (i * NT + tx) % (Hkv * K)
                 if i * NT + tx < rows and t < L:
-                    if place_of[b, t, slot // K, slot % K] >= 0:
+                    p = place_of[b, t, slot // K, slot % K]
+                    if p >= 0:
                         total = 0
                         if G % 4 == 0:
                             for g in T.unroll(G // 4):
                                 for u in T.vectorized(4):
-                                    part[u] = delta[place_of[b, t, slot // K, slot % K], g * 4 + u]
+                                    part[u] = delta[p, g * 4 + u]
                                 total = total + ((part[0] + part[1]) + (part[2] + part[3]))
                         else:
                             for g in T.unroll(G):
-                                total = total + delta[place_of[b, t, slot // K, slot % K], g]
+                                total = total + delta[p, g]
                         d_weights[b, t, slot // K, slot % K] = total
 
     return sum_heads

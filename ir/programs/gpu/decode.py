@@ -11,7 +11,7 @@ import tilelang.language as T
 
 from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import GpuProgram, GpuTile, Launch, Region
-from hsa_compile.ir.programs.gpu.attention import LOG2E, TENSORS, require_supported
+from hsa_compile.ir.programs.gpu.attention_walk import LOG2E, TENSORS, require_supported
 
 ROWS = 16  # of a matrix product; a token's G query rows are padded to a multiple
 SUM_THREADS = 256

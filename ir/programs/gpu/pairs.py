@@ -6,8 +6,9 @@ the rank of a (token, chunk) pair in the order of chunks, then tokens; a chunk's
 the mask locate them all. A chunk's places are cut into work *items* of at most ``tile.pairs``.
 A slot whose index is negative or not below C is empty.
 
-It is a counting sort: counts of a segment of tokens, sums over segments, places. Where order matters no atomic is used,
-so the result depends on nothing but the selection. Duplicate slots of a token are one pair with the sum of their weights.
+It is a counting sort: counts of a segment of tokens, sums over segments, places. Where a sum's order could depend on it
+no atomic is used, so gradients depend on nothing but the inputs. Duplicate slots of a token are one pair with the sum of
+their weights.
 """
 
 from typing import Any
@@ -19,6 +20,7 @@ from hsa_compile.ir.programs import GpuTile, Launch, Region
 
 THREADS = 256
 SCAN_THREADS = 1024
+WARP_PAIRS = 32  # of a tile whose union a warp finds
 WINDOW = 65536  # chunks that one bitmap in shared memory covers
 SEGMENT_TOKENS = 128  # the least tokens of a segment; more where all segments' counts would outgrow the pairs
 WHOLE = {"tl.disable_thread_storage_sync": True, "tl.disable_safe_memory_legalize": True}
@@ -69,8 +71,8 @@ class Pairs:
             Region("chunk_item", "int32", f"B * {Hkv} * C"),
             Region("broken", "int32", f"B * {Hkv} * C"),
             Region("items", "int32", f"{self.items} * 4"),
-            Region("place_row", "int32", self.places),
-            Region("place_weight", "float32", self.places),
+            Region("order", "int32", self.items),
+            Region("place_pair", "int32", f"{self.places} * 2"),
         )
 
     def launch(self, function: Any, *arguments: str, **more: str) -> Launch:
@@ -100,6 +102,11 @@ def set_bits(word: Any, bits: Any) -> Any:
     """Sets bits of a 32-bit word in shared memory, atomically. TileLang's own ``atomic_or`` is for global memory alone:
     it writes ``red.global``, which faults elsewhere."""
     return T.call_extern("int32", "atomicOr", T.address_of(word), bits)
+
+
+def add_to(word: Any, amount: Any) -> Any:
+    """Adds to a 32-bit word, atomically; its value before."""
+    return T.call_extern("int32", "atomicAdd", T.address_of(word), amount)
 
 
 def symbols(*names: str) -> tuple[Any, ...]:
@@ -142,13 +149,72 @@ def scan(x, warp_sums, tx, threads):
     T.sync_threads()
 
 
-def unite(pairs: Pairs) -> Any:
-    """A block a tile: marks the chunks of its pairs in a bitmap, ranks them by population count, and collects masks.
+def ballot(condition: Any) -> Any:
+    """The lanes of a warp where a condition holds, a bit each."""
+    return T.call_extern("int32", "__ballot_sync", -1, condition)
 
-    Writes ``entries`` (chunk, -, mask, mask above 32 tokens), ``entry_count`` and, a pair, the entry in ``place_of``.
-    """
+
+def unite(pairs: Pairs) -> Any:
+    """Writes ``entries`` (chunk, -, mask, mask above 32 tokens), ``entry_count`` and, a pair, the entry in ``place_of``."""
+    return unite_in_warps(pairs) if pairs.slots <= WARP_PAIRS else unite_in_blocks(pairs)
+
+
+def unite_in_warps(pairs: Pairs) -> Any:
+    """A warp a tile, a lane a pair: lanes with the same chunk find one another, and the first of each are numbered."""
     Hkv, K, tokens, N = pairs.problem.kv_heads, pairs.problem.top_k, pairs.tokens, pairs.slots
-    S, D = pairs.problem.chunk_size, pairs.problem.head_dim
+    B, L, C, TILES = symbols("B", "L", "C", "TILES")
+    W = 4
+
+    @T.prim_func
+    def unite(
+        indices: T.Tensor((B, L, Hkv, K), "int32"), entries: T.Tensor((B, Hkv, TILES, N, 4), "int32"),
+        entry_count: T.Tensor((B, Hkv, TILES), "int32"), place_of: T.Tensor((B, L, Hkv, K), "int32"),
+        chunk_pairs: T.Tensor((B, Hkv, C), "int32"),
+    ):  # fmt: skip
+        with T.Kernel((TILES + W - 1) // W, Hkv, B, threads=32 * W) as (block, h, b):
+            n = T.alloc_var("int32")
+            t = T.alloc_var("int32")
+            chunk = T.alloc_var("int32")
+            peers = T.alloc_var("int32")
+            first = T.alloc_var("int32")
+            votes = T.alloc_var("int32")
+            e = T.alloc_var("int32")
+            mask = T.alloc_var("int32")
+            tx = T.get_thread_binding()
+            lane = tx % 32
+            n = block * W + tx // 32
+            if n < TILES:
+                t = n * tokens + lane // K
+                chunk = -1
+                if lane < N and t < L:
+                    chunk = indices[b, t, h, lane % K]
+                if chunk >= C:
+                    chunk = -1
+                peers = T.call_extern("int32", "__match_any_sync", -1, chunk)
+                first = T.call_extern("int32", "__ffs", peers) - 1
+                votes = ballot(chunk >= 0 and first == lane)
+                e = ones(votes & (T.shift_left(1, first) - 1))
+                if chunk >= 0:
+                    place_of[b, t, h, lane % K] = e
+                    if first == lane:
+                        mask = 0
+                        for i in T.unroll(tokens):
+                            if T.bitwise_and(T.shift_right(peers, i * K), (1 << K) - 1 if K < 32 else -1) != 0:
+                                mask = mask | T.shift_left(1, i)
+                        entries[b, h, n, e, 0] = chunk
+                        entries[b, h, n, e, 2] = mask
+                        entries[b, h, n, e, 3] = 0
+                if lane == 0:
+                    entry_count[b, h, n] = ones(votes)
+                if tx == 0 and L < 0:  # a mention of the buffer whose extent is needed
+                    chunk_pairs[b, h, 0] = 0
+
+    return unite
+
+
+def unite_in_blocks(pairs: Pairs) -> Any:
+    """A block a tile: marks the chunks of its pairs in a bitmap, ranks them by population count, and collects masks."""
+    Hkv, K, tokens, N = pairs.problem.kv_heads, pairs.problem.top_k, pairs.tokens, pairs.slots
     B, L, C, TILES = symbols("B", "L", "C", "TILES")
     NT = min(THREADS, max(64, -(-N // 32) * 32))
     WORDS = WINDOW // 32
@@ -156,9 +222,9 @@ def unite(pairs: Pairs) -> Any:
 
     @T.prim_func
     def unite(
-        k: T.Tensor((B, C, S, Hkv, D), pairs.problem.dtype), indices: T.Tensor((B, L, Hkv, K), "int32"),
-        entries: T.Tensor((B, Hkv, TILES, N, 4), "int32"), entry_count: T.Tensor((B, Hkv, TILES), "int32"),
-        place_of: T.Tensor((B, L, Hkv, K), "int32"),
+        indices: T.Tensor((B, L, Hkv, K), "int32"), entries: T.Tensor((B, Hkv, TILES, N, 4), "int32"),
+        entry_count: T.Tensor((B, Hkv, TILES), "int32"), place_of: T.Tensor((B, L, Hkv, K), "int32"),
+        chunk_pairs: T.Tensor((B, Hkv, C), "int32"),
     ):  # fmt: skip
         with T.Kernel(TILES, Hkv, B, threads=NT) as (n, h, b):
             bits = T.alloc_shared((WORDS,), "int32")
@@ -232,6 +298,8 @@ def unite(pairs: Pairs) -> Any:
                     entries[b, h, n, i * NT + tx, 3] = found[2, i * NT + tx]
             if tx == 0:
                 entry_count[b, h, n] = total
+            if tx == 0 and L < 0:  # a mention of the buffer whose extent is needed
+                chunk_pairs[b, h, 0] = 0
 
     return unite
 

@@ -6,19 +6,23 @@ bar is the K-th best score of the list when it was last cut; a first walk over t
 to begin with, the K-th largest of 64 maxima over every 64th score, below which no score can be among the K best. So a
 list takes little more than K entries whatever the order of the scores. Memory is O(T*K), never L x C.
 
-``tile.split`` picks the form for few queries and many landmarks (decoding): so many blocks share the landmarks, each
-writes its K best, and a second launch merges them.
+Where queries are few and landmarks many (decoding), ``tile.split`` blocks in all share the landmarks: each writes the K
+best of its part, and a second launch merges them.
 
 A score that is NaN or -inf is never selected: such a chunk leaves its slot empty, and other rows are as without it.
 """
+
+from typing import Any
 
 import tilelang.language as T
 
 from hsa_compile.ir.operators import ChunkSelect, ProblemError
 from hsa_compile.ir.programs import GpuProgram, GpuTile, Launch, Region
 from hsa_compile.ir.programs.gpu.candidates import COLUMNS, LOWEST, WARP_ROWS, below, capacity, cut, places, put
+from hsa_compile.ir.programs.gpu.select_stream import choose_streaming, stream_capacity, stream_columns
 
 MERGE_THREADS = 256
+MERGE_QUERIES = 256  # whose merging takes as long as a tile of landmarks
 TENSORS = ("q_r", "landmark", "position", "chunks", "indices", "scores")
 # Barriers are written out: a warp's lists need none of the block's, which the compiler would put inside branches.
 OPTIONS = {
@@ -36,6 +40,16 @@ def check(problem: ChunkSelect) -> None:
         raise ProblemError(f"retrieval_dim must be a multiple of 16 up to 1024 on GPUs, got {problem.retrieval_dim}")
     if problem.top_k > 64:
         raise ProblemError(f"top_k must be at most 64 on GPUs, got {problem.top_k}")
+
+
+def form(problem: ChunkSelect, tile: GpuTile) -> tuple[int, int, Any, Any]:
+    """Entries of a list, landmarks of a tile, and the macros of the walk: streaming where ``tile.wgmma`` asks for it."""
+    begin, walk = choose(problem, tile)
+    if tile.wgmma and (tile.tokens % 64 or tile.blocks > 2):
+        raise ProblemError(f"streaming takes whole 64 tokens and at most 2 blocks, got {tile.tokens} and {tile.blocks}")
+    if tile.wgmma:
+        return stream_capacity(problem, tile), stream_columns(problem), begin, choose_streaming(problem, tile)
+    return capacity(problem.top_k), COLUMNS, begin, walk
 
 
 def slice_width(retrieval_dim: int) -> int:
@@ -147,10 +161,9 @@ def choose(problem: ChunkSelect, tile: GpuTile):
     return begin, walk
 
 
-def write(problem: ChunkSelect):
+def write(problem: ChunkSelect, CAPACITY: int):
     """Writes the K best of a row's list of n, newest first, for all kv heads that share the selection. For a warp."""
     K, scale, shared = problem.top_k, problem.scale, problem.kv_heads // problem.retrieval_heads
-    CAPACITY = capacity(K)
     EACH = CAPACITY // 32
     place_entries = places(K, CAPACITY)
 
@@ -177,18 +190,18 @@ def whole(problem: ChunkSelect, tile: GpuTile) -> Launch:
     Hkv, Hr, Dr, K, M = (
         problem.kv_heads, problem.retrieval_heads, problem.retrieval_dim, problem.top_k, tile.tokens,
     )  # fmt: skip
-    CAPACITY = capacity(K)
-    begin, walk = choose(problem, tile)
-    finish = write(problem)
-    B, L, C = T.dynamic("B"), T.dynamic("L"), T.dynamic("C")
+    CAPACITY, _, begin, walk = form(problem, tile)
+    finish = write(problem, CAPACITY)
+    B, L, C, P = T.dynamic("B"), T.dynamic("L"), T.dynamic("C"), T.dynamic("parts")
 
     @T.prim_func
     def select(
         q_r: T.Tensor((B, L, Hr, Dr), problem.dtype), landmark: T.Tensor((B, C, Hr, Dr), problem.dtype),
         position: T.Tensor((B,), "int64"), chunks: T.Tensor((B,), "int64"),
         indices: T.Tensor((B, L, Hkv, K), "int32"), scores: T.Tensor((B, L, Hkv, K), "float32"),
+        part_index: T.Tensor((B, L, Hr, K, P), "int32"),
     ):  # fmt: skip
-        with T.Kernel(T.ceildiv(L, M), Hr, B, threads=M // WARP_ROWS * 32) as (x, r, b):
+        with T.Kernel(T.ceildiv(L, M) * (1 - T.min(P, 1)), Hr, B, threads=M // WARP_ROWS * 32) as (x, r, b):
             value = T.alloc_shared((M, CAPACITY), "float32")
             index = T.alloc_shared((M, CAPACITY), "int32")
             count = T.alloc_shared((M,), "int32")
@@ -207,14 +220,14 @@ def whole(problem: ChunkSelect, tile: GpuTile) -> Launch:
                     n = T.min(count[row], CAPACITY)
                     finish(value, index, row, n, indices, scores, b, t0 + row, r, tx % 32)
 
-    return Launch("select", select, TENSORS, {"B": "B", "L": "L", "C": "C"}, OPTIONS)
+    dims = {"B": "B", "L": "L", "C": "C", "parts": parts(problem, tile)}
+    return Launch("select", select, (*TENSORS, "part_index"), dims, OPTIONS)
 
 
 def part(problem: ChunkSelect, tile: GpuTile) -> Launch:
     """``parts`` blocks a tile of queries; each writes the K best of its run of landmarks, best first."""
     Hr, Dr, K, M = problem.retrieval_heads, problem.retrieval_dim, problem.top_k, tile.tokens
-    CAPACITY = capacity(K)
-    begin, walk = choose(problem, tile)
+    CAPACITY, _, begin, walk = form(problem, tile)
     keep_best = cut(K, CAPACITY)
     B, L, C, P = T.dynamic("B"), T.dynamic("L"), T.dynamic("C"), T.dynamic("parts")
 
@@ -256,9 +269,9 @@ def part(problem: ChunkSelect, tile: GpuTile) -> Launch:
 def merge(problem: ChunkSelect, tile: GpuTile) -> Launch:
     """A block a query: the K best of the parts' lists. It reads the parts' best, then their second best, and so on."""
     Hkv, Hr, K = problem.kv_heads, problem.retrieval_heads, problem.top_k
-    CAPACITY, GROUPS = 2 * MERGE_THREADS, -(-tile.split // MERGE_THREADS)
+    CAPACITY, GROUPS = 2 * MERGE_THREADS, max(1, -(-tile.split // MERGE_THREADS))
     B, L, P = T.dynamic("B"), T.dynamic("L"), T.dynamic("parts")
-    finish = write(problem)
+    finish = write(problem, capacity(K))
 
     @T.macro
     def keep_best(value, index, count, tx):
@@ -290,7 +303,7 @@ def merge(problem: ChunkSelect, tile: GpuTile) -> Launch:
         part_index: T.Tensor((B, L, Hr, K, P), "int32"), part_value: T.Tensor((B, L, Hr, K, P), "float32"),
         indices: T.Tensor((B, L, Hkv, K), "int32"), scores: T.Tensor((B, L, Hkv, K), "float32"),
     ):  # fmt: skip
-        with T.Kernel(L, Hr, B, threads=MERGE_THREADS) as (t, r, b):
+        with T.Kernel(L * T.min(P, 1), Hr, B, threads=MERGE_THREADS) as (t, r, b):
             value = T.alloc_shared((1, CAPACITY), "float32")
             index = T.alloc_shared((1, CAPACITY), "int32")
             count = T.alloc_shared((1,), "int32")
@@ -303,47 +316,63 @@ def merge(problem: ChunkSelect, tile: GpuTile) -> Launch:
             entered = T.alloc_var("int32")
             length = T.alloc_var("int32")
             tx = T.get_thread_binding()
-            # Every part's list falls, so the K-th largest of the threads' best heads bounds the K-th best from below.
-            best = LOWEST
-            for g in T.unroll(GROUPS):
-                if g * MERGE_THREADS + tx < P:
-                    best = T.max(best, part_value[b, t, r, 0, g * MERGE_THREADS + tx])
-            heads[tx] = best
             if tx == 0:
                 count[0] = 0
             T.sync_threads()
-            rank = 0
-            for o in T.serial(MERGE_THREADS):
-                if heads[o] > best or (heads[o] == best and o < tx):
-                    rank = rank + 1
-            if rank == K - 1:
-                level[0] = best
-            T.sync_threads()
-            k = 0
-            entered = 1
-            while T.syncthreads_or(entered) != 0:
-                entered = 0
+            if K * P <= CAPACITY:  # all of them at once
+                for e in T.unroll(CAPACITY // MERGE_THREADS):
+                    k = e * MERGE_THREADS + tx
+                    if k < K * P:
+                        if part_value[b, t, r, T.truncdiv(k, P), T.truncmod(k, P)] > LOWEST:
+                            entered = T.atomic_add(count[0], 1, return_prev=True)
+                            value[0, T.min(entered, CAPACITY - 1)] = part_value[
+                                b, t, r, T.truncdiv(k, P), T.truncmod(k, P)
+                            ]
+                            index[0, T.min(entered, CAPACITY - 1)] = part_index[
+                                b, t, r, T.truncdiv(k, P), T.truncmod(k, P)
+                            ]
+                T.sync_threads()
+            else:
+                # Every part's list falls, so the K-th largest of the threads' best heads bounds the K-th best from below.
+                best = LOWEST
                 for g in T.unroll(GROUPS):
-                    v[g] = LOWEST
-                    if g * MERGE_THREADS + tx < P and k < K:
-                        v[g] = part_value[b, t, r, T.min(k, K - 1), g * MERGE_THREADS + tx]
-                for g in T.unroll(GROUPS):
-                    if v[g] > LOWEST and v[g] >= level[0]:
-                        entered = T.atomic_add(count[0], 1, return_prev=True)
-                        value[0, T.min(entered, CAPACITY - 1)] = v[g]
-                        index[0, T.min(entered, CAPACITY - 1)] = part_index[
-                            b, t, r, T.min(k, K - 1), g * MERGE_THREADS + tx
-                        ]
-                        entered = 1
-                    T.sync_threads()
-                    length = count[0]
-                    T.sync_threads()  # none may go on and add to it before all have read it
-                    if length > CAPACITY - MERGE_THREADS:
-                        keep_best(value, index, count, tx)
-                        if tx == 0:
-                            level[0] = value[0, K - 1]
+                    if g * MERGE_THREADS + tx < P:
+                        best = T.max(best, part_value[b, t, r, 0, g * MERGE_THREADS + tx])
+                heads[tx] = best
+                T.sync_threads()
+                rank = 0
+                for o in T.serial(MERGE_THREADS):
+                    if heads[o] > best or (heads[o] == best and o < tx):
+                        rank = rank + 1
+                T.sync_threads()  # ``level`` may lie where ``heads`` did
+                if rank == K - 1:
+                    level[0] = best
+                T.sync_threads()
+                k = 0
+                entered = 1
+                while T.syncthreads_or(entered) != 0:
+                    entered = 0
+                    for g in T.unroll(GROUPS):
+                        v[g] = LOWEST
+                        if g * MERGE_THREADS + tx < P and k < K:
+                            v[g] = part_value[b, t, r, T.min(k, K - 1), g * MERGE_THREADS + tx]
+                    for g in T.unroll(GROUPS):
+                        if v[g] > LOWEST and v[g] >= level[0]:
+                            entered = T.atomic_add(count[0], 1, return_prev=True)
+                            value[0, T.min(entered, CAPACITY - 1)] = v[g]
+                            index[0, T.min(entered, CAPACITY - 1)] = part_index[
+                                b, t, r, T.min(k, K - 1), g * MERGE_THREADS + tx
+                            ]
+                            entered = 1
                         T.sync_threads()
-                k = k + 1
+                        length = count[0]
+                        T.sync_threads()  # none may go on and add to it before all have read it
+                        if length > CAPACITY - MERGE_THREADS:
+                            keep_best(value, index, count, tx)
+                            if tx == 0:
+                                level[0] = value[0, K - 1]
+                            T.sync_threads()
+                    k = k + 1
             keep_best(value, index, count, tx)
             if tx < 32:
                 finish(value, index, 0, count[0], indices, scores, b, t, r, tx)
@@ -355,22 +384,23 @@ def merge(problem: ChunkSelect, tile: GpuTile) -> Launch:
 
 
 def parts(problem: ChunkSelect, tile: GpuTile) -> str:
-    """Blocks a tile of queries, a C expression: ``tile.split`` in all, at most a tile of landmarks each, at least 1."""
-    blocks = f"(B * L == 0 ? 1 : B * {problem.retrieval_heads} * ((L + {tile.tokens - 1}) / {tile.tokens}))"
-    tiles = f"((C + {COLUMNS - 1}) / {COLUMNS})"
-    least = f"({tile.split} / {blocks} < {tiles} ? {tile.split} / {blocks} : {tiles})"
-    return f"({least} < 1 ? 1 : {least})"
+    """Blocks that share the landmarks of a tile of queries, a C expression: ``tile.split`` in all, each with enough of
+    the landmarks that merging its list costs little beside them. 0 where there would be one."""
+    H, columns = problem.retrieval_heads, form(problem, tile)[1]
+    blocks = f"(B * L == 0 ? 1 : B * {H} * ((L + {tile.tokens - 1}) / {tile.tokens}))"
+    runs = f"((C + {columns - 1}) / {columns} / (1 + B * L * {H} / {MERGE_QUERIES}))"
+    most = f"({tile.split} / {blocks} < {runs} ? {tile.split} / {blocks} : {runs})"
+    return f"({most} < 2 ? 0 : {most})"
 
 
 def program(problem: ChunkSelect, tile: GpuTile) -> GpuProgram:
-    """One launch, or two where ``tile.split`` is set.
+    """One launch, or, where ``tile.split`` is set and tiles of queries are few, two others.
 
     Raises:
         ProblemError: the dtype is float32, Dr is no multiple of 16 up to 1024, or K is above 64.
     """
     check(problem)
-    if not tile.split:
-        return GpuProgram(TENSORS, (), (whole(problem, tile),))
     entries = f"B * L * {problem.retrieval_heads * problem.top_k} * {parts(problem, tile)}"
     regions = (Region("part_index", "int32", entries), Region("part_value", "float32", entries))
-    return GpuProgram(TENSORS, regions, (part(problem, tile), merge(problem, tile)))
+    split = (part(problem, tile), merge(problem, tile)) if tile.split else ()
+    return GpuProgram(TENSORS, regions, (whole(problem, tile), *split))

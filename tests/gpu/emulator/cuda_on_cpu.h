@@ -183,6 +183,7 @@ inline int __any_sync(unsigned, int x) { return any_of(31, x); }
 inline int __syncthreads_or(int x) { return any_of(1023, x); }
 inline int __popc(int x) { return __builtin_popcount(unsigned(x)); }
 inline int atomicOr(int* at, int bits) { const int old = *at; *at |= bits; return old; }
+inline int atomicExch(int* at, int x) { const int old = *at; *at = x; return old; }
 inline void AtomicMax(int* at, int x, int = 0) { *at = max(*at, x); }
 template <class T, class U> void AtomicAdd(T* at, U x, int = 0) { *at += T(x); }
 template <class T, class U> T AtomicAddRet(T* at, U x, int = 0) { const T old = *at; *at += T(x); return old; }

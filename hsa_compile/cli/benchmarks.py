@@ -1,0 +1,87 @@
+"""The ``bench`` commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hsa_compile.cli.common import Bundle, Checkpoint, Output, Seed, console, fail, friendly, spinner
+
+bench_app = typer.Typer(help="Measure models or kernels; saves JSON and a picture.", no_args_is_help=True)
+
+
+def _save(module: Any, rows: list[dict[str, Any]], output: Path, suite: str) -> None:
+    from hsa_compile.bench.record import write_suite
+
+    console.print(module.table(rows))
+    written = write_suite(output / f"{suite}.jsonl", rows)
+    console.print(f"{written}, {module.plot(rows, output / f'{suite}.png')}")
+
+
+@bench_app.command("models")
+def bench_models(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    output: Output = Path("runs/bench"),
+    longest: Annotated[int, typer.Option(min=1024, help="Longest context.")] = 32768,
+    seconds: Annotated[float, typer.Option(help="Time for all.")] = 60.0,
+    seed: Seed = 0,
+) -> None:
+    """Prefill and decode by length: eager, compiled, ONNX Runtime, and a dense model of the same size."""
+    with friendly():
+        from hsa_compile.bench import models
+        from hsa_compile.model.checkpoint import load_checkpoint
+
+        lengths = [1024 << i for i in range((longest // 1024).bit_length())]
+        with spinner("measuring") as say:
+            rows = models.run(load_checkpoint(checkpoint).eval(), bundle, lengths, seconds, seed, say)
+        _save(models, rows, output, "e2e")
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    output: Output = Path("runs/bench"),
+    lengths: Annotated[list[int] | None, typer.Option("--length", help="Tokens; may be given several times.")] = None,
+    target: Annotated[
+        str, typer.Option("--target", "-t", help="cpu:native, or cuda for the first GPU.")
+    ] = "cpu:native",
+    seed: Seed = 0,
+) -> None:
+    """Rates of the operators, checked before they are timed, beside eager, dense and public implementations.
+
+    On a CPU beside eager gather + einsum and dense attention; on a GPU beside fla-core, dense attention (cuDNN, FA2)
+    and a composition of PyTorch's variable-length attention, where they are installed.
+    """
+    with friendly():
+        from functools import partial
+
+        from hsa_compile.bench import gpu_kernels, kernels
+        from hsa_compile.bench.record import write_suite
+
+        if target not in ("cpu:native", "cuda"):
+            fail(f"kernels are measured on cpu:native or cuda, not on {target}")
+        with spinner("measuring") as say:
+            if target == "cuda":
+                path = output / "kernels.jsonl"
+                rows = gpu_kernels.run(gpu_kernels.default_shapes(lengths or ()), seed, say, partial(write_suite, path))
+            else:
+                shapes = kernels.default_shapes(lengths) if lengths else kernels.default_shapes()
+                rows = kernels.run(shapes, seed, say)
+        _save(kernels, rows, output, "kernels")
+
+
+@bench_app.command("tuning")
+def bench_tuning(
+    output: Output = Path("runs/bench"),
+    seconds: Annotated[float, typer.Option(help="Time for all; a later run goes on with the samples of this.")] = 240.0,
+    seed: Seed = 0,
+) -> None:
+    """Compare the tuner's strategies: best time by candidates tried, on samples of three search spaces."""
+    with friendly():
+        from hsa_compile.bench import tuning
+
+        with spinner("measuring") as say:
+            rows = tuning.run(tuning.default_jobs(), seconds, seed, say)
+        _save(tuning, rows, output, "tuning")

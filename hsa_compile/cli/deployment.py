@@ -1,0 +1,123 @@
+"""From a checkpoint to text in ONNX Runtime: ``build``, ``export``, ``run``, ``validate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from hsa_compile.cli.common import (
+    Bundle,
+    Checkpoint,
+    Data,
+    Output,
+    Seed,
+    TargetName,
+    console,
+    fail,
+    friendly,
+    spinner,
+)
+
+AnyTargetName = Annotated[str, typer.Option("--target", "-t", help="A CPU level as for export, or cuda:sm_90a.")]
+
+
+def build(
+    model: Annotated[str, typer.Argument(help="A checkpoint, or a preset such as tiny.")] = "tiny",
+    target: AnyTargetName = "cpu:native",
+    training: Annotated[bool, typer.Option(help="Also the backward passes.")] = True,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Of the tensors. Default: float32 on CPUs, bfloat16 on GPUs."),
+    ] = None,
+) -> None:
+    """Compile the kernels that a model needs; they are kept and found again.
+
+    GPU targets such as cuda:sm_90a need nvcc and TileLang, but no GPU.
+    """
+    with friendly():
+        from rich.table import Table
+
+        from hsa_compile.kernels import build_all
+        from hsa_compile.tuning import config_of
+
+        config = config_of(model)
+        table = Table("operator", "pass", "target", "library")
+        with spinner("compiling") as say:
+            for artifact in build_all(config, training, target, dtype, every_length=True):
+                say(f"{artifact.problem.op} {artifact.pass_name} is done")
+                table.add_row(artifact.problem.op, artifact.pass_name, artifact.target, str(artifact.library))
+        console.print(table)
+
+
+def export(checkpoint: Checkpoint, output: Output = Path("runs/bundle"), target: TargetName = "cpu:native") -> None:
+    """Write a bundle: ONNX graph, operator library and description, for machines without PyTorch or a compiler."""
+    with friendly():
+        from hsa_compile.export import export_bundle
+        from hsa_compile.kernels import build_all
+        from hsa_compile.model.checkpoint import load_checkpoint
+        from hsa_compile.schedules import resolve
+
+        resolve(target)  # bundles hold CPU kernels: other names are refused before any work
+        with spinner("exporting") as say:
+            model = load_checkpoint(checkpoint).eval()
+            say("kernels")
+            kernels = list(build_all(model.config, training=False, target=target))
+            say("graph")
+            export_bundle(model, output, kernels)
+        console.print(f"bundle {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
+
+
+def run(
+    bundle: Bundle,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=0)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens of this probability.")] = 1.0,
+    seed: Seed = 0,
+    fused: Annotated[bool, typer.Option(help="The bundle's kernels, or the graph's function bodies.")] = True,
+) -> None:
+    """Stream text from a bundle in ONNX Runtime."""
+    with friendly():
+        from hsa_compile.export import Session
+        from hsa_compile.model.tokenizer import ByteTokenizer
+
+        tokenizer = ByteTokenizer()
+        ids = tokenizer.encode(prompt)
+        if not ids:
+            fail("the prompt is empty; give at least one character")
+        session = Session(bundle, fused=fused)
+        decoder = tokenizer.stream()
+        try:
+            tokens = session.generate(ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        except ValueError as error:
+            fail(str(error))
+        console.print(prompt, end="", style="dim", highlight=False, markup=False)
+        for token in tokens:
+            print(decoder.push([token]), end="", flush=True)
+        print(decoder.finish())
+
+
+def validate(
+    checkpoint: Checkpoint,
+    bundle: Bundle,
+    data: Data = None,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also save the table as JSON Lines.")] = None,
+) -> None:
+    """Check that reference, eager, compiled and ONNX Runtime agree; exits with 1 where they don't."""
+    with friendly():
+        from hsa_compile import validate as parity
+        from hsa_compile.bench.record import write_suite
+        from hsa_compile.model.checkpoint import load_checkpoint
+        from hsa_compile.model.data import load_text, split_text
+
+        with spinner("validating") as say:
+            held_out = split_text(load_text(data))[1]
+            checks = parity.run(load_checkpoint(checkpoint).eval(), bundle, held_out, seed, say)
+        console.print(parity.table(checks))
+        if output is not None:
+            write_suite(output, parity.rows(checks, seed))
+        if failed := sum(not check.passed for check in checks):
+            fail(f"{failed} of {len(checks)} comparisons failed")
