@@ -30,7 +30,7 @@ from hsa_compile.schedules.choice import VARIABLE, Tile
 
 log = logging.getLogger("hsa_compile")
 
-KERNEL_DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float16, torch.bfloat16)}
+KERNEL_DTYPES = {"cpu": (torch.float32, torch.float16, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
 Backend = Literal["auto", "compiled", "triton", "eager", "reference"]
 _backend: Backend | None = None
 

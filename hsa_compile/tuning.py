@@ -72,7 +72,7 @@ def jobs_for(
         for problem in problems
         for L in lengths
         for name in passes
-        if len(space_for(problem, name, target).tiles()) > 1
+        if len(space_for(problem, name, target, L).tiles()) > 1
     ]
 
 
@@ -106,10 +106,10 @@ def tune_one(
     return outcome, records.save([record_of(outcome)], device_for(target), target, out)
 
 
-def searched(tile: Tile, problem: Problem, pass_name: str) -> str:
-    """A tile's fields that a program hangs on, in a few words."""
-    names = space_for(problem, pass_name, "cpu:native").choices or {"lanes": ()}
-    return ", ".join(f"{name} {getattr(tile, name)}" for name in names)
+def searched(tile: Tile, problem: Problem, pass_name: str, length: int | None) -> str:
+    """A tile's fields that a program hangs on for segments of a length, None for any, in a few words."""
+    fields = space_for(problem, pass_name, "cpu:native", length).in_use(tile) or {"lanes": getattr(tile, "lanes", 0)}
+    return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
@@ -124,7 +124,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
         failed = f" ({sum(o.failed.values())} failed)" if o.failed else ""
         out.add_row(
             short_name(o.job.problem), o.job.pass_name, str(o.job.load.L),
-            searched(best.tile, o.job.problem, o.job.pass_name), f"{best.ms:.3g}",
+            searched(best.tile, o.job.problem, o.job.pass_name, o.job.load.L), f"{best.ms:.3g}",
             f"{min(best.runs):.3g} – {max(best.runs):.3g}", f"{flops / best.ms / 1e6:.1f}",
             f"{flops / best.ms * 1e3 / o.matmul_flops:.0%}", f"{o.default_ms:.3g}", f"{o.default_ms / best.ms:.2f}×",
             f"{len(o.trials)} of {o.space_size}{failed}",
@@ -182,7 +182,8 @@ def explain(problems: Sequence[Problem], lengths: Sequence[int], target: str) ->
             for length in (*lengths, None):
                 found = choose(problem, name, target, length)
                 shown = "any" if length is None else str(length)
-                rows.setdefault((searched(found.tile, problem, name), found.origin, found.reason), []).append(shown)
+                tile = searched(found.tile, problem, name, length)
+                rows.setdefault((tile, found.origin, found.reason), []).append(shown)
                 seen |= _passed_over(found)
             for row, shown_lengths in rows.items():
                 out.add_row(short_name(problem), name, ", ".join(shown_lengths), *row)

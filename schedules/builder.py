@@ -164,11 +164,8 @@ def build_request(
         ScheduleError: ``$HSA_COMPILE_SCHEDULE`` makes no sense.
         TargetError: the target is unknown.
     """
-    if target.startswith("cuda:"):
-        if problem.dtype not in GPU_DTYPES:
-            raise BuildError(f"GPU kernels are {' or '.join(GPU_DTYPES)}; {problem.dtype} runs on the Triton path")
-    elif problem.dtype != "float32":
-        raise BuildError(f"CPU kernels are float32; {problem.dtype} runs on the eager path")
+    if target.startswith("cuda:") and problem.dtype not in GPU_DTYPES:
+        raise BuildError(f"GPU kernels are {' or '.join(GPU_DTYPES)}; {problem.dtype} runs on the Triton path")
     if pass_name not in PASSES:
         raise ValueError(f"pass must be one of {PASSES}, got {pass_name!r}")
     level = resolve_any(target)

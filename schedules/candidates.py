@@ -172,9 +172,9 @@ class CpuLaboratory:
         raise AssertionError
 
     def check(self, job: Job, tile: Tile, built: dict[str, str]) -> None:
-        """Compares a candidate with the reference on a small problem."""
-        tokens = getattr(tile, "tokens", 1)
-        if wrong := self._ask(job, built, "check", self.limits.check, tokens=tokens)["wrong"]:
+        """Compares a candidate with the reference on small problems."""
+        sizes = {"tokens": tile.tokens, "few": getattr(tile, "few", 0)}
+        if wrong := self._ask(job, built, "check", self.limits.check, **sizes)["wrong"]:
             raise CandidateError("wrong", wrong)
 
     def time(self, job: Job, tile: Tile, built: dict[str, str]) -> list[float]:

@@ -11,13 +11,18 @@ from dataclasses import dataclass
 
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
 from hsa_compile.ir.programs import CpuTile
+from hsa_compile.ir.programs.cpu.layout import QUEUE, AttentionLayout, SelectLayout, layout_for
+from hsa_compile.schedules.glue import DTYPE_SIZE
 
 FMA_LATENCY, FMA_UNITS = 4, 2
 SHARED_TOKENS, REDRAWN = 16, 0.07  # neighbours of one draw, and slots that differ, in the selections that are timed
 BLOCKS_A_THREAD = 8  # as in host/execute.c
 # Cycles, fitted by eye to candidates timed on a Zen 4: a packed element that is transposed, a vector of the softmax
-# forward and backward, of a copied row, of the running top K; a gathered token.
-TRANSPOSED, SOFTMAX, SOFTMAX_BACKWARD, COPIED, UPDATED, GATHERED = 0.8, 14.0, 24.0, 1.5, 3.0, 20.0
+# forward and backward, of a copied row; a gathered token.
+TRANSPOSED, SOFTMAX, SOFTMAX_BACKWARD, COPIED, GATHERED = 0.4, 14.0, 24.0, 1.5, 20.0
+# Of a selection: a vector of scores compared with its lists' last; a slot of these that a queue passes, and that is
+# sorted; a dimension of a vector of landmarks times a query.
+COMPARED, MERGED, SORTED, SCORED = 4.0, 14.0, 4.0, 1.5
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,13 @@ class Workload:
     C: int
 
 
+def seen_chunks(problem: ChunkSelect, load: Workload) -> float:
+    """Chunks that a token can select from, on average; the segment ends where the memory does."""
+    if load.C * problem.chunk_size >= load.L:
+        return load.C - load.L / problem.chunk_size / 2
+    return load.C / 2
+
+
 def accumulators_fit(tile: CpuTile, registers: int) -> bool:
     """Accumulators, a row of the right operand and a broadcast element must fit the register file."""
     return tile.row_block * tile.vector_block + tile.vector_block + 1 <= registers
@@ -50,26 +62,28 @@ def accumulators_fit(tile: CpuTile, registers: int) -> bool:
 
 def workspace_bytes(problem: Problem, pass_name: str, tile: CpuTile) -> int:
     """Bytes that a thread works on."""
-    if isinstance(problem, ChunkSelect):
-        if pass_name == "backward":
-            return 0
-        width, block = tile.pad(problem.retrieval_dim), tile.pad(tile.landmarks)
-        return 4 * (tile.tokens * (width + block + 2 * problem.top_k) + width * block)
-    width, keys = tile.pad(problem.head_dim), tile.pad(problem.chunk_size)
-    rows = max(1, tile.rows // problem.groups) * problem.groups + tile.row_block
-    backward = pass_name == "backward"
-    packed = keys * width * (6 if backward else 2)
-    gathered = rows * (width + keys) * (2 if backward else 1)
-    lists = 6 * tile.tokens * problem.top_k
-    return 4 * (packed + gathered + lists + tile.tokens * problem.groups * width)
+    return sum(DTYPE_SIZE[r.dtype] * int(r.elements) for r in layout_for(problem, tile).workspace(pass_name))
+
+
+def split_bytes(problem: Problem, tile: CpuTile) -> int:
+    """Bytes of the parts into which a forward pass splits a row, at most."""
+    return tile.few * layout_for(problem, tile).part_bytes
+
+
+def is_split(pass_name: str, tile: CpuTile, length: int) -> bool:
+    """Whether segments of that length are split over slots or landmarks instead of into tiles of tokens."""
+    return pass_name == "forward" and length <= tile.few
 
 
 def estimate_ms(problem: Problem, pass_name: str, tile: CpuTile, load: Workload, machine: Machine) -> float:
     """Milliseconds that a pass should take."""
+    split = is_split(pass_name, tile, load.L)
     if isinstance(problem, ChunkAttention):
-        cycles = _attention_cycles(problem, pass_name, tile, load, machine)
+        lay = AttentionLayout(problem, tile)
+        cycles = _slot_cycles(lay, load) if split else _attention_cycles(lay, pass_name, load, machine)
     elif pass_name == "forward":
-        cycles = _select_cycles(problem, tile, load, machine)
+        landmarks = SelectLayout(problem, tile)
+        cycles = _part_cycles(landmarks, load) if split else _select_cycles(landmarks, load, machine)
     else:
         cycles = load.B * load.L * problem.kv_heads * problem.top_k * 2 * problem.retrieval_dim / tile.lanes * COPIED
     waiting = waiting_factor(problem, pass_name, tile, load, machine.threads)
@@ -77,15 +91,17 @@ def estimate_ms(problem: Problem, pass_name: str, tile: CpuTile, load: Workload,
 
 
 def waiting_factor(problem: Problem, pass_name: str, tile: CpuTile, load: Workload, threads: int) -> float:
-    """How much longer a pass takes because threads wait for the last of the tiles."""
+    """How much longer a pass takes because threads wait for the last of the units."""
+    split = is_split(pass_name, tile, load.L)
     if isinstance(problem, ChunkAttention):
-        units = load.B * problem.kv_heads * math.ceil(load.L / tile.tokens)
+        units = load.L * problem.top_k if split else math.ceil(load.L / tile.tokens)
         # About half of the backward goes chunk by chunk, whatever the tile.
         share = 0.5 if pass_name == "backward" else 1.0
-        return 1 + share * (imbalance(units, threads) - 1)
+        return 1 + share * (imbalance(load.B * problem.kv_heads * units, threads) - 1)
     if pass_name == "backward":
         return 1.0
-    return imbalance(load.B * problem.retrieval_heads * math.ceil(load.L / tile.tokens), threads)
+    units = tile.segments if split else math.ceil(load.L / SelectLayout(problem, tile).tokens)
+    return imbalance(load.B * problem.retrieval_heads * units, threads)
 
 
 def _cycle_seconds(tile: CpuTile, machine: Machine) -> float:
@@ -114,15 +130,16 @@ def _cache_factor(size: float, machine: Machine) -> float:
     return 1.0 + 0.5 * max(0.0, math.log2(size / (0.75 * machine.l2_bytes)))
 
 
-def _attention_cycles(p: ChunkAttention, pass_name: str, tile: CpuTile, load: Workload, machine: Machine) -> float:
+def _attention_cycles(lay: AttentionLayout, pass_name: str, load: Workload, machine: Machine) -> float:
+    p, tile = lay.problem, lay.tile
     backward = pass_name == "backward"
-    width, keys, G = tile.pad(p.head_dim), tile.pad(p.chunk_size), p.groups
+    width, keys, G = lay.width, lay.keys, p.groups
     tokens = min(tile.tokens, load.L)
     # Distinct chunks of a tile: neighbours share a draw, some slots are drawn anew.
     draws = p.top_k * (math.ceil(tokens / SHARED_TOKENS) + REDRAWN * tokens)
     union = max(1.0, load.C * (1 - math.exp(-draws / max(1, load.C))))
     pairs = tokens * min(p.top_k, load.C) / union  # tokens that share a chunk
-    batch = min(float(max(1, tile.rows // G)), pairs)
+    batch = min(float(lay.pairs), pairs)
     batches = max(1.0, pairs / batch)
     rows = math.ceil(batch * G / tile.row_block) * tile.row_block
     products = (4 if backward else 1) * _product_cycles(tile, rows, keys, p.head_dim)
@@ -138,14 +155,42 @@ def _attention_cycles(p: ChunkAttention, pass_name: str, tile: CpuTile, load: Wo
     return tiles * tile_cycles * _cache_factor(workspace_bytes(p, pass_name, tile), machine)
 
 
-def _select_cycles(p: ChunkSelect, tile: CpuTile, load: Workload, machine: Machine) -> float:
-    width, block = tile.pad(p.retrieval_dim), tile.pad(tile.landmarks)
-    tokens = min(tile.tokens, load.L)
-    rows = math.ceil(tokens / tile.row_block) * tile.row_block
-    blocks = max(1.0, load.C / 2 / block) if load.L > 1 else math.ceil(load.C / block)
-    one = block * width * TRANSPOSED + _product_cycles(tile, rows, block, p.retrieval_dim)
-    one += tokens * (GATHERED / 2 + block / tile.lanes * UPDATED)
-    insertions = tokens * p.top_k * (math.log(max(1.0, load.C / p.top_k)) + 1) * p.top_k
-    tile_cycles = blocks * one + insertions + tokens * (width / tile.lanes * COPIED + p.top_k**2 / 2)
+def _slot_cycles(lay: AttentionLayout, load: Workload) -> float:
+    """Few tokens: both products of a slot, heads as lanes in the first, and its part of the sum."""
+    p, tile = lay.problem, lay.tile
+    block = tile.row_block
+    heads, keys = math.ceil(p.groups / block) * block, math.ceil(p.chunk_size / block) * block
+    products = _product_cycles(tile, keys, lay.heads, p.head_dim) + _product_cycles(
+        tile, heads, lay.width, p.chunk_size
+    )
+    softmax = p.chunk_size * lay.heads / tile.lanes * SOFTMAX
+    packing = lay.width * lay.heads * TRANSPOSED + 2 * p.chunk_size * lay.width / tile.lanes * COPIED
+    adding = 2 * p.groups * lay.width / tile.lanes * COPIED
+    return load.B * load.L * p.kv_heads * min(p.top_k, load.C) * (products + softmax + packing + adding)
+
+
+def _select_cycles(lay: SelectLayout, load: Workload, machine: Machine) -> float:
+    p, tile, seen = lay.problem, lay.tile, seen_chunks(lay.problem, load)
+    tokens, block = min(lay.tokens, load.L), min(lay.block, max(1.0, seen))
+    blocks = max(1.0, seen / block)
+    panel = tile.vectors(lay.tokens) * tile.lanes
+    rows = math.ceil(block / tile.row_block) * tile.row_block
+    products = _product_cycles(tile, rows, math.ceil(tokens / panel) * panel, p.retrieval_dim)
+    packing = tokens * lay.width * TRANSPOSED + blocks * block * lay.width / tile.lanes * COPIED
+    # The queue passes the list when it is full, and at a block's end with room left.
+    entering = p.top_k * (math.log(max(1.0, seen / p.top_k)) + 1)
+    merges = max(entering / QUEUE, blocks)
+    lists = blocks * block * COMPARED + merges * p.top_k * MERGED + p.top_k**2 / 2 * SORTED
+    tile_cycles = blocks * products + packing + math.ceil(tokens / tile.lanes) * lists
     tiles = load.B * p.retrieval_heads * load.L / tokens
     return tiles * tile_cycles * _cache_factor(workspace_bytes(p, "forward", tile), machine)
+
+
+def _part_cycles(lay: SelectLayout, load: Workload) -> float:
+    """Few tokens: a vector of landmarks at a time, then lists of all parts merged into one."""
+    p, tile = lay.problem, lay.tile
+    vectors = tile.segments * math.ceil(seen_chunks(p, load) / tile.segments / tile.lanes)  # parts are rounded up
+    packing = lay.width * COPIED
+    score = lay.width * SCORED + tile.lanes * COMPARED
+    merging = tile.segments * p.top_k * MERGED + p.top_k**2 * SORTED
+    return load.B * p.retrieval_heads * (vectors * (packing + load.L * score) + load.L * merging)

@@ -7,7 +7,7 @@ import json
 from hsa_compile.ir import Problem
 from hsa_compile.ir.programs import Program, Region
 
-DTYPE_SIZE = {"float32": 4, "int32": 4, "int64": 8}
+DTYPE_SIZE = {"float32": 4, "float16": 2, "uint16": 2, "int32": 4, "int64": 8}
 DIMS = "const int64_t B = dims[0], L = dims[1], C = dims[2]; (void)B, (void)L, (void)C;"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hsa_compile.ir import Problem, problem_from_dict
+from hsa_compile.ir import ChunkSelect, Problem, problem_from_dict
 from hsa_compile.schedules.costs import Workload
 from hsa_compile.schedules.worker import serve
 from hsa_compile.schedules.workload import TOLERANCE, Case, error, expected, stored, timing_case
@@ -26,10 +26,16 @@ CHECKED_SLOTS = 6000  # the reference takes 50 µs for each
 MATMUL = 1024
 
 
-def check_load(problem: Problem, tokens: int, chunks: int = 7) -> Workload:
-    """What to check on: two rows, and where the reference's time allows tokens of a second tile."""
+def check_loads(problem: Problem, pass_name: str, tokens: int, few: int) -> list[Workload]:
+    """What to check on: two rows; where the reference's time allows tokens of a second tile; and of a forward pass, as
+    many as are split."""
     most = max(8, CHECKED_SLOTS // (2 * problem.kv_heads * problem.top_k))
-    return Workload(2, min(tokens + 3, most), chunks)
+    many = min(tokens + 3, most)
+    # Half of the chunks are visible: more than a block of landmarks, or a part.
+    chunks = 600 if isinstance(problem, ChunkSelect) and pass_name == "forward" else 7
+    if pass_name == "backward" or few == 0:
+        return [Workload(2, many, chunks)]
+    return [Workload(2, min(few, most), chunks), Workload(2, max(few + 1, many), chunks)]
 
 
 @functools.cache
@@ -92,19 +98,23 @@ class Call:
 
 
 def check(message: dict[str, Any]) -> dict[str, Any]:
-    """Runs a candidate on a small problem. Answers with its ``error``, and with ``wrong`` where that is too much."""
+    """Runs a candidate on small problems. Answers with what is ``wrong``, "" if nothing is."""
     problem, pass_name = problem_from_dict(message["problem"]), message["pass"]
-    load = check_load(problem, message["tokens"])
+    loads = check_loads(problem, pass_name, message["tokens"], message["few"])
+    wrong = (_wrong(message, problem, pass_name, load) for load in loads)
+    return {"wrong": next(filter(None, wrong), "")}
+
+
+def _wrong(message: dict[str, Any], problem: Problem, pass_name: str, load: Workload) -> str:
     case, want = expected(problem, pass_name, load, message["seed"])
     call = Call(message, case, load, message["threads"])
     call()
     found = error(problem, pass_name, case, [result for _, result in call.guarded], want)
-    wrong = ""
     if call.overran():
-        wrong = "it writes outside of its results"
-    elif not found <= TOLERANCE[problem.dtype]:
-        wrong = f"off by {found:.2g}, more than {TOLERANCE[problem.dtype]:.2g}"
-    return {"error": found if np.isfinite(found) else -1.0, "wrong": wrong}
+        return f"L = {load.L}: it writes outside of its results"
+    if not found <= TOLERANCE[problem.dtype]:
+        return f"L = {load.L}: off by {found:.2g}, more than {TOLERANCE[problem.dtype]:.2g}"
+    return ""
 
 
 @functools.lru_cache(1)

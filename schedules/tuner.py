@@ -17,7 +17,7 @@ from hsa_compile.ir.programs import CpuTile
 from hsa_compile.schedules import builder
 from hsa_compile.schedules.candidates import CandidateError, Job, Laboratory
 from hsa_compile.schedules.choice import ScheduleError, Tile, bucket, tile_from_dict
-from hsa_compile.schedules.costs import estimate_ms, waiting_factor
+from hsa_compile.schedules.costs import estimate_ms, seen_chunks, waiting_factor
 from hsa_compile.schedules.device import device_for
 from hsa_compile.schedules.fingerprint import program_digest
 from hsa_compile.schedules.journal import Journal, Trial
@@ -93,8 +93,7 @@ def job_flops(job: Job) -> float:
         return p.flops(load.B, load.L) if job.pass_name == "forward" else p.backward_flops(load.B, load.L)
     if job.pass_name == "backward":
         return 4 * load.B * load.L * p.kv_heads * p.top_k * p.retrieval_dim
-    seen = load.C - load.L / p.chunk_size / 2 if load.C * p.chunk_size >= load.L else load.C / 2
-    return p.flops(load.B, load.L, 1) * seen
+    return p.flops(load.B, load.L, 1) * seen_chunks(p, load)
 
 
 def journal_for(job: Job, lab: Laboratory) -> Journal:
@@ -119,7 +118,7 @@ class Search:
 
     def __init__(self, job: Job, lab: Laboratory, journal: Journal, strategy: str, seed: int = 0) -> None:
         self.job, self.lab, self.journal = job, lab, journal
-        self.space: Space = space_for(job.problem, job.pass_name, job.target)
+        self.space: Space = space_for(job.problem, job.pass_name, job.target, job.load.L)
         self.tiles = self.space.tiles()
         self.strategy = Strategy(strategy, self.tiles, self.estimate, seed)
         self.trials = [trial for trial in journal.read() if self.tile_of(trial) is not None]

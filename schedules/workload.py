@@ -102,7 +102,7 @@ def _case(
     return Case((grad, q_r, landmark, indices), ((problem.dtype, q_r.shape), (problem.dtype, landmark.shape)))
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(32)
 def expected(problem: Problem, pass_name: str, load: Workload, seed: int) -> tuple[Case, tuple[NDArray, ...]]:
     """A case to check on, and what the reference makes of it."""
     case = check_case(problem, pass_name, load, seed)

@@ -91,6 +91,11 @@ def select_inputs(
     return q_r, landmark, position, chunks
 
 
+def wide(x: Tensor) -> np.ndarray:
+    """A tensor for the reference: half precisions, which NumPy has not all of, as float32."""
+    return (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x).numpy()
+
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -109,7 +114,9 @@ def assert_as_good_as(
 ) -> None:
     """The error against the high-precision reference is at most twice that of the plain implementation in the same
     precision (``low``), plus a floor relative to the largest value; as a maximum and as a root mean square."""
-    got, low, reference = (np.asarray(x, dtype=np.float64) for x in (got, low, reference))
+    got, low, reference = (
+        np.asarray(wide(x) if isinstance(x, Tensor) else x, dtype=np.float64) for x in (got, low, reference)
+    )
     assert got.shape == reference.shape
     assert np.isfinite(got).all(), "poison or garbage in the result"
     if not got.size:

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from hsa_compile import dispatch, eager, ops
 from hsa_compile.ir import ChunkAttention, ChunkSelect, reference
-from kit import assert_as_good_as, attention_inputs, select_inputs
+from hsa_compile.schedules import resolve
+from hsa_compile.schedules.cpu import tile_for
+from kit import assert_as_good_as, attention_inputs, select_inputs, wide
 
 BACKENDS = ["eager", pytest.param("compiled", marks=pytest.mark.needs_compiler)]
 
@@ -32,17 +34,25 @@ SELECT = {
 }
 
 
+def _by_dtype(table: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every case in float32; in half precisions, which differ from it by loads and stores alone, the first, with widths
+    of whole vectors and of parts."""
+    counts = {"float32": len(table), "bfloat16": 3, "float16": 2}
+    return [(case, dtype) for dtype, count in counts.items() for case in list(table)[:count]]
+
+
 def _attention_reference(problem: ChunkAttention, grad: Any, inputs: Any) -> tuple[Any, Any]:
-    arrays = [x.numpy() for x in inputs]
-    return reference.attention(problem, *arrays), reference.attention_backward(problem, grad.numpy(), *arrays)
+    arrays = [wide(x) for x in inputs]
+    return reference.attention(problem, *arrays), reference.attention_backward(problem, wide(grad), *arrays)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", ATTENTION)
-def test_attention_matches_the_reference(backend: Any, case: str, poisoned: None) -> None:
+@pytest.mark.parametrize(("case", "dtype"), _by_dtype(ATTENTION))
+def test_attention_matches_the_reference(backend: Any, dtype: str, case: str, poisoned: None) -> None:
     problem, B, L, C, skew = ATTENTION[case]
-    inputs = attention_inputs(problem, B, L, C, skew=skew)
-    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    *tensors, indices, weights = attention_inputs(problem, B, L, C, skew=skew)
+    inputs = (*(x.to(getattr(torch, dtype)) for x in tensors), indices, weights)
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(getattr(torch, dtype))
     want, want_grads = _attention_reference(problem, grad, inputs)
     options = (problem.chunk_size, problem.off_by_one)
     low, low_grads = eager.attention(*inputs, *options), eager.attention_backward(grad, *inputs, *options)
@@ -51,7 +61,8 @@ def test_attention_matches_the_reference(backend: Any, case: str, poisoned: None
         grads = ops.chunk_attention_backward(grad, *inputs, *options)
         again = ops.chunk_attention_backward(grad, *inputs, *options)
     assert_as_good_as(got, low, want)
-    for mine, theirs, truth in zip(grads, low_grads, want_grads):
+    for mine, theirs, truth, like in zip(grads, low_grads, want_grads, (*inputs[:3], weights)):
+        assert mine.dtype == like.dtype
         assert_as_good_as(mine, theirs, truth)
     if backend == "compiled":
         assert all(torch.equal(a, b) for a, b in zip(grads, again)), "gradients differ when repeated"
@@ -68,17 +79,18 @@ def _assert_same_selection(got: np.ndarray, want: np.ndarray, scores: np.ndarray
 
 
 def _all_scores(problem: ChunkSelect, q_r: Any, landmark: Any) -> np.ndarray:
-    scores = np.einsum("blhd,bchd->blhc", q_r.double().numpy(), landmark.nan_to_num().double().numpy())
+    scores = np.einsum("blhd,bchd->blhc", wide(q_r), wide(landmark.nan_to_num()))
     return np.broadcast_to(scores, (*scores.shape[:2], problem.kv_heads, scores.shape[3])) * problem.scale
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("case", SELECT)
-def test_selection_matches_the_reference(backend: Any, case: str, ties: bool, poisoned: None) -> None:
+@pytest.mark.parametrize(("case", "dtype"), _by_dtype(SELECT))
+def test_selection_matches_the_reference(backend: Any, dtype: str, case: str, ties: bool, poisoned: None) -> None:
     problem, B, L, C = SELECT[case]
-    inputs = select_inputs(problem, B, L, C, ties=ties)
-    want, want_scores = reference.select(problem, *(x.numpy() for x in inputs))
+    q_r, landmark, *counts = select_inputs(problem, B, L, C, ties=ties)
+    inputs = (q_r.to(getattr(torch, dtype)), landmark.to(getattr(torch, dtype)), *counts)
+    want, want_scores = reference.select(problem, *(wide(x) for x in inputs))
     options = (problem.kv_heads, problem.chunk_size, problem.top_k, problem.window)
     with dispatch.use_backend(backend):
         indices, scores = ops.chunk_select(*inputs, *options)
@@ -90,19 +102,84 @@ def test_selection_matches_the_reference(backend: Any, case: str, ties: bool, po
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", SELECT)
-def test_selection_gradients_match_the_reference(backend: Any, case: str, poisoned: None) -> None:
+@pytest.mark.parametrize(("case", "dtype"), _by_dtype(SELECT))
+def test_selection_gradients_match_the_reference(backend: Any, dtype: str, case: str, poisoned: None) -> None:
     problem, B, L, C = SELECT[case]
     q_r, landmark, position, chunks = select_inputs(problem, B, L, C)
-    indices, scores = reference.select(problem, *(x.numpy() for x in (q_r, landmark, position, chunks)))
+    q_r, landmark = q_r.to(getattr(torch, dtype)), landmark.to(getattr(torch, dtype))
+    indices, scores = reference.select(problem, *(wide(x) for x in (q_r, landmark, position, chunks)))
     grad = torch.randn(scores.shape, generator=torch.Generator().manual_seed(1))
     arguments = (grad, q_r, landmark.nan_to_num(), torch.from_numpy(indices))
-    want = reference.select_backward(problem, *(x.numpy() for x in arguments))
+    want = reference.select_backward(problem, *(wide(x) for x in arguments))
     low = eager.select_backward(*arguments)
     with dispatch.use_backend(backend):
         got = ops.chunk_select_backward(*arguments, problem.chunk_size)
     for mine, theirs, truth in zip(got, low, want):
+        assert mine.dtype == q_r.dtype
         assert_as_good_as(mine, theirs, truth)
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize(("case", "dtype"), _by_dtype(ATTENTION))
+def test_a_few_tokens_attend_like_many(case: str, dtype: str, poisoned: None) -> None:
+    problem, B, _, C, skew = ATTENTION[case]
+    few = tile_for(problem, resolve("cpu:native")).few
+    for L in (1, few - 1, few):
+        *tensors, indices, weights = attention_inputs(problem, B, L, C, skew=skew)
+        inputs = (*(x.to(getattr(torch, dtype)) for x in tensors), indices, weights)
+        options = (problem.chunk_size, problem.off_by_one)
+        with dispatch.use_backend("compiled"):
+            got = ops.chunk_attention(*inputs, *options)
+        want = reference.attention(problem, *(wide(x) for x in inputs))
+        assert_as_good_as(got, eager.attention(*inputs, *options), want)
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("case", "dtype"), _by_dtype(SELECT))
+def test_a_few_tokens_select_like_many(case: str, dtype: str, ties: bool, poisoned: None) -> None:
+    problem, B, _, C = SELECT[case]
+    options = (problem.kv_heads, problem.chunk_size, problem.top_k, problem.window)
+    few = tile_for(problem, resolve("cpu:native")).few
+    for L in (1, few - 1, few, few + 1):
+        for seed in range(4):
+            q_r, landmark, *counts = select_inputs(problem, B, L, C, seed, ties)
+            inputs = (q_r.to(getattr(torch, dtype)), landmark.to(getattr(torch, dtype)), *counts)
+            want, want_scores = reference.select(problem, *(wide(x) for x in inputs))
+            with dispatch.use_backend("compiled"):
+                indices, scores = ops.chunk_select(*inputs, *options)
+            if ties:
+                np.testing.assert_array_equal(indices.numpy(), want)
+            _assert_same_selection(indices.numpy(), want, _all_scores(problem, *inputs[:2]))
+            same = indices.numpy() == want
+            np.testing.assert_allclose(scores.numpy()[same], want_scores[same], atol=5e-6)
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("order", ["rising", "falling", "equal", "few values"])
+def test_selection_takes_scores_in_any_order(order: str) -> None:
+    problem, place = ChunkSelect(1, 1, 1, 1, 6), torch.arange(500.0)
+    rank = {"rising": place, "falling": -place, "equal": torch.ones(500), "few values": place * 17 % 31 % 5}[order]
+    for L in (1, 40):
+        inputs = (torch.ones(1, L, 1, 1), rank.view(1, 500, 1, 1), torch.tensor([500 - L]), torch.tensor([500]))
+        want, want_scores = reference.select(problem, *(x.numpy() for x in inputs))
+        with dispatch.use_backend("compiled"):
+            got, scores = ops.chunk_select(*inputs, 1, 1, 6)
+        np.testing.assert_array_equal(got.numpy(), want)
+        np.testing.assert_array_equal(scores.numpy(), want_scores)
+
+
+@pytest.mark.needs_compiler
+def test_stored_values_are_rounded_to_nearest_even() -> None:
+    wanted = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, -(1 + 2.0**-8), 1.0078, 3e38, -1e-40, 0.0, 65519.0])
+    indices = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    for dtype in (torch.bfloat16, torch.float16):
+        # A chunk of one token gives its value times the weight: what is rounded is a product exact in float32.
+        v = wanted.to(dtype).view(1, 1, 1, 8)
+        weights = torch.full((1, 1, 1, 1), 1 + 2.0**-8)
+        with dispatch.use_backend("compiled"):
+            got = ops.chunk_attention(torch.zeros_like(v), torch.zeros_like(v), v, indices, weights, 1)
+        torch.testing.assert_close(got, (v.float() * weights[0, 0, 0, 0]).to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.needs_compiler

@@ -213,6 +213,6 @@ def test_asking_for_kernels_that_cannot_be_had_is_an_error(caplog: pytest.LogCap
     with (
         caplog.at_level(logging.WARNING),
         dispatch.use_backend("compiled"),
-        pytest.raises(RuntimeError, match=r"float32 on cpu.*, not torch.float16"),
+        pytest.raises(RuntimeError, match=r"float32 or float16 or bfloat16 on cpu.*, not torch.float64"),
     ):
-        ops.chunk_attention(q.half(), k.half(), v.half(), indices, weights, 4)
+        ops.chunk_attention(q.double(), k.double(), v.double(), indices, weights.double(), 4)

@@ -1,6 +1,7 @@
 """Building and caching: what is rebuilt, what is refused, what is never half-written."""
 
 import concurrent.futures
+import ctypes
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.ir.programs import CpuTile
 from hsa_compile.schedules import BuildError, TargetError, build, builder, find, missing_features, resolve
+from hsa_compile.schedules.costs import split_bytes, workspace_bytes
 from hsa_compile.schedules.cpu import tile_for
 
 PROBLEM = ChunkSelect(1, 1, 8, 4, 2)
@@ -128,8 +130,6 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 
 
 def test_what_cannot_be_built_is_refused() -> None:
-    with pytest.raises(BuildError, match="CPU kernels are float32; float16 runs on the eager path"):
-        build(ChunkAttention(1, 1, 8, 4, 2, dtype="float16"))
     with pytest.raises(ValueError, match="pass must be one of"):
         build(PROBLEM, "sideways")
     with pytest.raises(TargetError, match="unknown target 'gpu:h100'; known: cpu:native, cpu:x86-64-v4"):
@@ -150,27 +150,76 @@ def test_tiles_fit_their_register_files() -> None:
             accumulators = tile.row_block * tile.vector_block
             assert accumulators + tile.vector_block + 1 <= target.registers
     with pytest.raises(ValueError, match="lanes must be a power of two"):
-        CpuTile(12, 8, 2, 64, 64, 64)
+        CpuTile(12, 8, 2, 64, 64, 64, 8, 16)
     with pytest.raises(ValueError, match="multiple of row_block"):
-        CpuTile(16, 8, 2, 64, 60, 64)
+        CpuTile(16, 8, 2, 64, 60, 64, 8, 16)
 
 
 @pytest.mark.needs_compiler
 @pytest.mark.skipif(bool(missing_features(resolve("cpu:x86-64-v3"))), reason="the machine lacks AVX2")
-def test_other_levels_compute_the_same() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_other_levels_compute_the_same(dtype: str) -> None:
     import torch
 
     from hsa_compile.native import Kernel
     from kit import assert_as_good_as, attention_inputs
 
-    problem = ChunkAttention(4, 2, 24, 12, 3)
-    inputs = attention_inputs(problem, 1, 40, 5)
+    problem = ChunkAttention(4, 2, 24, 12, 3, dtype=dtype)  # type: ignore[arg-type]
+    *tensors, indices, weights = attention_inputs(problem, 1, 40, 5)
+    inputs = (*(x.to(getattr(torch, dtype)) for x in tensors), indices, weights)
     outputs = []
     for name in ("cpu:native", "cpu:x86-64-v3"):
-        out = torch.full(inputs[0].shape, torch.nan)
+        out = torch.full_like(inputs[0], torch.nan)
         Kernel(build(problem, target=name))((*inputs, out), 1, 40, 5)
         outputs.append(out)
-    assert_as_good_as(outputs[1], outputs[0], outputs[0])
+    # Rounded to as many bits as are stored, and with sums in another order.
+    floor = 2e-6 if dtype == "float32" else torch.finfo(outputs[0].dtype).eps
+    assert_as_good_as(outputs[1], outputs[0], outputs[0], floor)
+
+
+@pytest.mark.needs_compiler
+def test_every_level_lowers_every_dtype() -> None:
+    code = """
+from hsa_compile.ir import ChunkAttention, ChunkSelect
+from hsa_compile.schedules.cpu import tile_for
+from hsa_compile.schedules.cpu_worker import lower, program_for
+from hsa_compile.schedules.target import CPU_TARGETS
+for target in CPU_TARGETS:
+    for dtype in ("float32", "float16", "bfloat16"):
+        for problem in (ChunkAttention(2, 1, 24, 12, 2, dtype=dtype), ChunkSelect(1, 1, 24, 4, 2, dtype=dtype)):
+            # Of half precisions the forward has all of the loads and stores that the backward has.
+            for pass_name in ("forward", "backward") if dtype == "float32" else ("forward",):
+                program = program_for(problem, pass_name, tile_for(problem, target))
+                assert lower(program, "hsa", target).inspect_source("asm")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class KernelTable(ctypes.Structure):
+    """The part of ``hsa_kernel`` in ``schedules/host/kernel.h`` that tells a kernel's memory."""
+
+    _fields_ = (
+        ("abi", ctypes.c_int32), ("problem", ctypes.c_char_p), ("pass_name", ctypes.c_char_p),
+        ("tensors", ctypes.c_int32), ("stages", ctypes.c_int32), ("units", ctypes.c_void_p),
+        ("scratch_bytes", ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)),
+        ("workspace_bytes", ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)),
+    )  # fmt: skip
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("problem", [ChunkAttention(8, 2, 64, 64, 4), ChunkSelect(2, 2, 64, 16, 4)])
+def test_the_tuner_knows_the_memory_of_kernels(problem: ChunkAttention | ChunkSelect) -> None:
+    tile = tile_for(problem, resolve("cpu:native"))
+    tables = {}
+    for pass_name in ("forward", "backward"):
+        artifact = build(problem, pass_name)
+        tables[pass_name] = KernelTable.in_dll(ctypes.CDLL(str(artifact.library)), artifact.symbol)
+        workspace = tables[pass_name].workspace_bytes((ctypes.c_int64 * 3)(3, 8, 5))
+        assert 0 <= workspace - workspace_bytes(problem, pass_name, tile) < 20 * 64, "but for the regions' alignment"
+    lengths = (tile.few, 1, tile.few + 1)
+    scratch = [tables["forward"].scratch_bytes((ctypes.c_int64 * 3)(3, L, 5)) for L in lengths]
+    whole = 3 * split_bytes(problem, tile)
+    assert scratch == [whole, whole // tile.few, 0]
 
 
 @pytest.mark.needs_compiler

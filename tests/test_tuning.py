@@ -28,6 +28,7 @@ from hsa_compile.schedules.costs import Machine, Workload, estimate_ms
 from hsa_compile.schedules.device import Device, device_for
 from hsa_compile.schedules.fingerprint import program_digest
 from hsa_compile.schedules.journal import Journal, JournalError, Trial
+from hsa_compile.schedules.measure import check_loads
 from hsa_compile.schedules.space import refusal, space_for
 from hsa_compile.schedules.strategies import NAMES, Strategy
 from hsa_compile.schedules.tuner import Search, best_so_far, job_flops, record_of
@@ -115,7 +116,7 @@ def save(*found: records.Record, device: Device | None = None, directory: Path |
 def test_a_search_of_everything_finds_the_best_and_says_how_much_better(tmp_path: Path) -> None:
     lab = FakeLaboratory()
     outcome = search(tmp_path, lab).run(5)
-    space = space_for(PROBLEM, "forward", "cpu:native")
+    space = space_for(PROBLEM, "forward", "cpu:native", JOB.load.L)
     assert len(outcome.trials) == outcome.space_size == len(space.tiles())
     assert milliseconds(outcome.best.tile) == min(map(milliseconds, space.tiles()))
     assert outcome.default_ms == pytest.approx(milliseconds(space.base))
@@ -139,7 +140,7 @@ def test_finalists_take_turns_and_each_begins_a_round(tmp_path: Path) -> None:
 def test_the_hand_picked_tile_stays_unless_another_is_clearly_faster(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = space_for(PROBLEM, "forward", "cpu:native").base
+    base = space_for(PROBLEM, "forward", "cpu:native", JOB.load.L).base
     lab = FakeLaboratory()
     monkeypatch.setattr(lab, "time", lambda job, tile, built: [1.0 if tile == base else 0.99] * 3)
     assert search(tmp_path, lab).run(2).best.tile == base
@@ -156,7 +157,7 @@ def test_a_bad_candidate_costs_itself_and_is_written_down(tmp_path: Path, kind: 
 
 
 def test_a_hand_picked_tile_that_does_not_work_is_told(tmp_path: Path) -> None:
-    base = space_for(PROBLEM, "forward", "cpu:native").base
+    base = space_for(PROBLEM, "forward", "cpu:native", JOB.load.L).base
     with pytest.raises(ScheduleError, match=r"the hand-picked tile .* does not work: bad"):
         search(tmp_path, FakeLaboratory({base.tokens: "wrong"})).run(0.1)
 
@@ -182,7 +183,7 @@ def test_a_search_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("name", NAMES)
 def test_strategies_propose_each_candidate_once_and_repeatably(name: str) -> None:
-    space = space_for(PROBLEM, "forward", "cpu:native")
+    space = space_for(PROBLEM, "forward", "cpu:native", JOB.load.L)
 
     def order() -> list[CpuTile]:
         machine = Machine(2, 2e11)
@@ -227,6 +228,34 @@ def test_spaces_hold_only_what_fits(target: str, problem: Any, pass_name: str) -
     assert all(refusal(problem, pass_name, tile, level) is None for tile in tiles)
     load = Workload(2, 300, 40)
     assert all(0 < estimate_ms(problem, pass_name, tile, load, Machine(2, 1e11)) < 1e6 for tile in tiles)
+
+
+@pytest.mark.parametrize("problem", [PROBLEM, ChunkSelect(2, 2, 64, 16, 4)])
+def test_a_space_holds_what_matters_at_its_length(problem: Any) -> None:
+    """How a few tokens are split is searched where segments are short; what makes no difference is not tried twice."""
+    few, many = (space_for(problem, "forward", "cpu:native", L).tiles() for L in (1, 300))
+    assert {tile.few for tile in many} == {choice.default_tile(problem, "forward", LEVEL).few}
+    assert len({tile.segments for tile in many}) == 1
+    split = [tile for tile in few if tile.few > 0]
+    whole = [dataclasses.replace(tile, few=many[0].few) for tile in few if tile.few == 0]
+    assert split[0] == few[0] == many[0]
+    assert len({tile.tokens for tile in split}) == 1
+    assert set(whole) == set(many), "the tiles of tokens are the same at any length"
+    assert (len({tile.segments for tile in split}) > 1) == isinstance(problem, ChunkSelect)
+    machine, load = Machine(2, 1e11), Workload(1, 1, 4096)
+    assert estimate_ms(problem, "forward", split[0], load, machine) < estimate_ms(
+        problem, "forward", dataclasses.replace(split[0], few=0), load, machine
+    ), "one tile of one token keeps one thread busy"
+
+
+def test_candidates_are_checked_on_both_sides_of_few() -> None:
+    def lengths(problem: Any, pass_name: str, tokens: int, few: int) -> list[int]:
+        return [load.L for load in check_loads(problem, pass_name, tokens, few)]
+
+    assert lengths(PROBLEM, "forward", 256, 8) == [8, 259]
+    assert lengths(PROBLEM, "forward", 256, 0) == [259]
+    assert lengths(PROBLEM, "backward", 256, 8) == [259]
+    assert lengths(ChunkAttention(64, 64, 32, 16, 64), "forward", 256, 8) == [8, 9], "the reference takes long"
 
 
 # The journal
@@ -341,7 +370,10 @@ def test_the_users_record_comes_before_the_packaged_one(tmp_path: Path) -> None:
         ("tile", {**dataclasses.asdict(a_record().tile_for(LEVEL)), "tokens": 1 << 22}, "buffers would take"),
         ("tile", {**dataclasses.asdict(a_record().tile_for(LEVEL)), "row_block": 16, "vector_block": 8}, "registers"),
         ("tile", {**dataclasses.asdict(a_record().tile_for(LEVEL)), "row_block": 3}, "power of two"),
-        ("tile", {**dataclasses.asdict(a_record().tile_for(LEVEL)), "tokens": "many"}, "positive integer"),
+        ("tile", {**dataclasses.asdict(a_record().tile_for(LEVEL)), "few": 1 << 20}, "parts of 1048576 tokens"),
+        ("tile", {**dataclasses.asdict(a_record().tile_for(LEVEL)), "segments": 0}, "at least 1"),
+        ("tile", {**dataclasses.asdict(a_record().tile_for(LEVEL)), "few": True}, "integer and not negative"),
+        ("tile", {**dataclasses.asdict(a_record().tile_for(LEVEL)), "tokens": "many"}, "integer and not negative"),
         ("tile", {**dataclasses.asdict(a_record().tile_for(LEVEL)), "speed": 11}, "no field speed"),
         ("problem", {"op": "sudoku"}, "unknown operator"),
         ("problem", {"op": ["x"]}, "unhashable"),
@@ -628,6 +660,22 @@ def test_candidates_that_crash_hang_lie_or_overrun_fail_each_by_itself(
             assert error.value.status == ("wrong" if name == "overrun" else name)
             lab.check(JOB, tile, {"library": str(good.library), "symbol": good.symbol})
         assert all(ms > 0 for ms in lab.time(JOB, tile, {"library": str(good.library), "symbol": good.symbol}))
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("pass_name", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "problem", [ChunkAttention(8, 2, 64, 64, 4, dtype="bfloat16"), ChunkSelect(2, 2, 64, 16, 4, dtype="float16")]
+)
+def test_candidates_of_half_precisions_are_measured(problem: Any, pass_name: str) -> None:
+    tile = choice.default_tile(problem, pass_name, LEVEL)
+    found = build(problem, pass_name, tile=tile)
+    built = {"library": str(found.library), "symbol": found.symbol}
+    with CpuLaboratory("cpu:native", "cpu", 1) as lab:
+        for L in (1, 100):
+            job = Job(problem, pass_name, "cpu:native", Workload(1, L, 8))
+            lab.check(job, tile, built)
+            assert all(ms > 0 for ms in lab.time(job, tile, built))
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 A ``Program`` is a list of stages over raw pointers for CPUs, a ``GpuProgram`` a list of kernel launches. Their
 functions are TVMScript (the package ``cpu``) and TileLang (``gpu``), which only a compiler's process imports; this
-module is plain data and imports no compiler.
+module and ``cpu/layout.py`` are plain data and import no compiler.
 
 Why TVMScript for CPUs and not the tile language of the GPU programs: that one reaches CPUs through C source, serial and
 fp32 only, at 9-12 GFLOP/s a thread; these reach 70 and more, because register blocks, vector width and the fused
@@ -13,6 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+
+def _require_least(tile: object, **least: int) -> None:
+    for name, bound in least.items():
+        if getattr(tile, name) < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {getattr(tile, name)}")
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,9 @@ class CpuTile:
         tokens: T, tokens whose chunk lists are walked together.
         rows: query rows gathered for one chunk at a time.
         landmarks: landmark rows scored at a time.
+        few: most tokens of a row for which the forward is split over slots or landmarks, not into tiles of tokens; 0
+            for never.
+        segments: into how many parts the landmarks are split then.
     """
 
     lanes: int
@@ -34,8 +43,11 @@ class CpuTile:
     tokens: int
     rows: int
     landmarks: int
+    few: int
+    segments: int
 
     def __post_init__(self) -> None:
+        _require_least(self, few=0, vector_block=1, tokens=1, rows=1, landmarks=1, segments=1)
         for name in ("lanes", "row_block"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
@@ -55,8 +67,7 @@ class CpuTile:
 
 @dataclass(frozen=True)
 class Region:
-    """A flat array: a tensor, or memory that a program needs besides. ``elements`` is an expression in B, L and C that
-    reads the same in C and in TVMScript."""
+    """A flat array: a tensor, or memory that a program needs besides. ``elements`` is a C expression in B, L and C."""
 
     name: str
     dtype: str
@@ -125,12 +136,8 @@ class GpuTile:
     form: str = "rows"
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("tokens", 1), ("stages", 1), ("blocks", 1), ("pairs", 1), ("slots", 1), ("memory_stages", 1),
-            ("memory_blocks", 1), ("bound", 0), ("split", 0),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        _require_least(self, tokens=1, stages=1, blocks=1, pairs=1, slots=1, memory_stages=1, memory_blocks=1)
+        _require_least(self, bound=0, split=0)
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
 

@@ -2,8 +2,8 @@
 
 A unit of work is a tile of T neighbouring tokens of one kv head. The union of their chunk lists is walked once: a chunk
 is packed, the rows of the tokens that selected it are gathered, and two register-blocked products with a softmax between
-them run on exactly those rows. So no flop is spent on tokens that did not select a chunk, a chunk is packed once a tile,
-and the same program serves prefill, training and decode.
+them run on exactly those rows. So no flop is spent on tokens that did not select a chunk, and a chunk is packed once a
+tile. A few tokens, of a decoding step, go slot by slot instead (``token_attention``).
 """
 
 from typing import Any
@@ -13,14 +13,15 @@ from tvm.script import tirx as T
 from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import CpuTile, Program
 from hsa_compile.ir.programs.cpu.blocks import product, softmax_row, transpose
+from hsa_compile.ir.programs.cpu.layout import AttentionLayout, many_tokens
 from hsa_compile.ir.programs.cpu.stages import each_token_tile, stage, token_tiles
-from hsa_compile.ir.programs.cpu.tiles import Layout, pack_rows, walk_chunks, write_sums
+from hsa_compile.ir.programs.cpu.tiles import pack_rows, walk_chunks, write_sums
+from hsa_compile.ir.programs.cpu.token_attention import slot_stage, sum_stage
 
 TENSORS = ("q", "k", "v", "indices", "weights", "o")
-WORKSPACE = ("keys_t", "values", "queries", "logits", "weight", "sums", "target", "chunk", "head", "next", "found")
 
 
-def load_chunk(lay: Layout) -> Any:
+def load_chunk(lay: AttentionLayout) -> Any:
     """Packs a chunk's keys, transposed, and its values."""
     Hkv, D, S = lay.problem.kv_heads, lay.problem.head_dim, lay.problem.chunk_size
     pack_keys = transpose(lay.tile, D, lay.keys)
@@ -34,7 +35,7 @@ def load_chunk(lay: Layout) -> Any:
     return load
 
 
-def attend_rows(lay: Layout) -> Any:
+def attend_rows(lay: AttentionLayout) -> Any:
     """sums[target] += weight * softmax(queries · keys_t) · values, for gathered rows."""
     D, S, KEYS, MR = lay.problem.head_dim, lay.problem.chunk_size, lay.keys, lay.tile.row_block
     score = product(lay.tile, KEYS, lay.width)
@@ -53,8 +54,8 @@ def attend_rows(lay: Layout) -> Any:
 
 
 def program(problem: ChunkAttention, tile: CpuTile) -> Program:
-    """The forward pass: one stage, a unit for every kv head of every tile of tokens."""
-    lay = Layout(problem, tile)
+    """The forward pass: a unit for every kv head of every tile of tokens, or for every slot of a few tokens."""
+    lay = AttentionLayout(problem, tile)
     walk = walk_chunks(lay, load_chunk(lay), attend_rows(lay), gradients=False)
     write = write_sums(lay)
 
@@ -65,5 +66,7 @@ def program(problem: ChunkAttention, tile: CpuTile) -> Program:
 
     heads = problem.kv_heads
     compute = each_token_tile(heads, tile.tokens, attend)
-    only = stage("attend", token_tiles(heads, tile.tokens), compute, lay.regions(*TENSORS, *WORKSPACE))
-    return Program(TENSORS, (), lay.regions(*WORKSPACE), (only,))
+    workspace = lay.workspace("forward")
+    units = many_tokens(tile.few, token_tiles(heads, tile.tokens))
+    tiles = stage("tiles", units, compute, lay.regions(*TENSORS) + workspace)
+    return Program(TENSORS, lay.regions("parts"), workspace, (tiles, slot_stage(lay), sum_stage(lay)))

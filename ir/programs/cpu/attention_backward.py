@@ -11,16 +11,13 @@ from tvm.script import tirx as T
 
 from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import CpuTile, Program, Stage
-from hsa_compile.ir.programs.cpu.blocks import LOG2E, across, clear, product, softmax_row, transpose
+from hsa_compile.ir.programs.cpu.blocks import LOG2E, across, clear, product, softmax_row, store_row, transpose
+from hsa_compile.ir.programs.cpu.layout import AttentionLayout
 from hsa_compile.ir.programs.cpu.pairs import each_chunk, pair_regions, pair_stage
 from hsa_compile.ir.programs.cpu.stages import each_token_tile, stage, token_tiles
-from hsa_compile.ir.programs.cpu.tiles import Layout, gather_heads, pack_rows, walk_chunks, write_sums
+from hsa_compile.ir.programs.cpu.tiles import gather_heads, pack_rows, walk_chunks, write_sums
 
 TENSORS = ("grad_o", "q", "k", "v", "indices", "weights", "d_q", "d_k", "d_v", "d_weights")
-WORKSPACE = (
-    "keys_t", "queries", "logits", "weight", "sums", "target", "chunk", "head", "next", "found", "keys", "values_t",
-    "d_keys", "d_values", "grads", "dp", "slot",
-)  # fmt: skip
 
 
 def row_dot(tile, width) -> Any:
@@ -58,7 +55,7 @@ def logit_gradient(tile, width, keep_probabilities) -> Any:
     return gradient
 
 
-def load_transposed(lay: Layout) -> Any:
+def load_transposed(lay: AttentionLayout) -> Any:
     """Packs a chunk's keys and values, both transposed."""
     Hkv, D, S = lay.problem.kv_heads, lay.problem.head_dim, lay.problem.chunk_size
     pack = transpose(lay.tile, D, lay.keys)
@@ -71,7 +68,7 @@ def load_transposed(lay: Layout) -> Any:
     return load
 
 
-def probabilities(lay: Layout) -> Any:
+def probabilities(lay: AttentionLayout) -> Any:
     """logits = softmax(queries · keys_t) and dp = grads · values_t, for gathered rows."""
     D, KEYS, MR = lay.problem.head_dim, lay.keys, lay.tile.row_block
     score = product(lay.tile, KEYS, lay.width)
@@ -88,7 +85,7 @@ def probabilities(lay: Layout) -> Any:
     return compute
 
 
-def load_for_queries(lay: Layout) -> Any:
+def load_for_queries(lay: AttentionLayout) -> Any:
     """Packs a chunk's keys and values, both transposed, and its keys as they are."""
     load_both, pack_keys = load_transposed(lay), pack_rows(lay)
 
@@ -100,7 +97,7 @@ def load_for_queries(lay: Layout) -> Any:
     return load
 
 
-def query_gradients(lay: Layout) -> Any:
+def query_gradients(lay: AttentionLayout) -> Any:
     """sums[target] += ds · keys and d_weights[slot] += p · dp, for gathered rows."""
     S, KEYS, MR, scale = lay.problem.chunk_size, lay.keys, lay.tile.row_block, lay.problem.scale
     compute = probabilities(lay)
@@ -119,7 +116,7 @@ def query_gradients(lay: Layout) -> Any:
     return add
 
 
-def query_stage(lay: Layout) -> Stage:
+def query_stage(lay: AttentionLayout) -> Stage:
     """dQ and dW, a unit for every kv head of every tile of tokens."""
     Hkv, K, TOKENS = lay.problem.kv_heads, lay.problem.top_k, lay.tile.tokens
     walk = walk_chunks(lay, load_for_queries(lay), query_gradients(lay), gradients=True)
@@ -141,7 +138,7 @@ def query_stage(lay: Layout) -> Stage:
     return stage("queries", token_tiles(Hkv, TOKENS), compute, lay.regions(*names))
 
 
-def memory_gradients(lay: Layout) -> Any:
+def memory_gradients(lay: AttentionLayout) -> Any:
     """d_keys += dsᵀ · queries and d_values += (weight * p)ᵀ · grads, for gathered rows."""
     WIDTH, KEYS = lay.width, lay.keys
     key_blocks = -(-lay.problem.chunk_size // lay.tile.row_block)
@@ -162,12 +159,13 @@ def memory_gradients(lay: Layout) -> Any:
     return add
 
 
-def memory_stage(lay: Layout) -> Stage:
+def memory_stage(lay: AttentionLayout) -> Stage:
     """dK and dV, a unit for every kv head of every chunk."""
     p = lay.problem
     Hkv, D, S, K, G = p.kv_heads, p.head_dim, p.chunk_size, p.top_k, p.groups
     WIDTH, KEYS = lay.width, lay.keys
     zero = clear(lay.tile, 0.0)
+    store = store_row(lay.tile, D)
     load = load_transposed(lay)
     gather = gather_heads(lay, gradients=True)
     add = memory_gradients(lay)
@@ -190,9 +188,8 @@ def memory_stage(lay: Layout) -> Stage:
                 at = at + 1
             add(m, rows)
         for s in T.serial(S):
-            for d in T.serial(D):
-                m.d_k[row + s * (Hkv * D) + d] = m.d_keys[s * WIDTH + d]
-                m.d_v[row + s * (Hkv * D) + d] = m.d_values[s * WIDTH + d]
+            store(m.d_k, row + s * (Hkv * D), m.d_keys, s * WIDTH)
+            store(m.d_v, row + s * (Hkv * D), m.d_values, s * WIDTH)
 
     names = (
         *TENSORS[:4], "weights", "d_k", "d_v", "keys_t", "values_t", "queries", "grads", "logits", "dp", "weight",
@@ -205,7 +202,7 @@ def memory_stage(lay: Layout) -> Stage:
 
 def program(problem: ChunkAttention, tile: CpuTile) -> Program:
     """The backward pass: the lists of pairs, then dQ and dW by tiles of tokens, then dK and dV by chunks."""
-    lay = Layout(problem, tile)
+    lay = AttentionLayout(problem, tile)
     heads, K = problem.kv_heads, problem.top_k
     stages = (pair_stage(heads, heads, K, *lay.regions("indices")), query_stage(lay), memory_stage(lay))
-    return Program(TENSORS, pair_regions(heads, K), lay.regions(*WORKSPACE), stages)
+    return Program(TENSORS, pair_regions(heads, K), lay.workspace("backward"), stages)

@@ -9,9 +9,9 @@ from tvm.script import tirx as T
 
 from hsa_compile.ir.operators import ChunkSelect
 from hsa_compile.ir.programs import CpuTile, Program, Stage
-from hsa_compile.ir.programs.cpu.blocks import add_row
+from hsa_compile.ir.programs.cpu.blocks import add_row, clear, store_row
+from hsa_compile.ir.programs.cpu.layout import SelectLayout
 from hsa_compile.ir.programs.cpu.pairs import each_chunk, pair_regions, pair_stage
-from hsa_compile.ir.programs.cpu.select import tensor_regions
 from hsa_compile.ir.programs.cpu.stages import stage
 
 TENSORS = ("grad_scores", "q_r", "landmark", "indices", "d_q_r", "d_landmark")
@@ -31,57 +31,58 @@ def slot_gradient(problem: ChunkSelect) -> Any:
     return gradient
 
 
-def query_stage(problem: ChunkSelect, tile: CpuTile) -> Stage:
+def query_stage(lay: SelectLayout) -> Stage:
     """dq_r, a unit for every token."""
-    Hkv, Hr, Dr, K = problem.kv_heads, problem.retrieval_heads, problem.retrieval_dim, problem.top_k
-    add = add_row(tile, Dr)
-    gradient = slot_gradient(problem)
+    p, tile = lay.problem, lay.tile
+    Hkv, Hr, Dr, K = p.kv_heads, p.retrieval_heads, p.retrieval_dim, p.top_k
+    zero, add, store = clear(tile, 0.0), add_row(tile, Dr), store_row(tile, Dr)
+    gradient = slot_gradient(p)
 
     @T.inline
     def gather_landmarks(token, m):
         g = T.alloc_buffer((1,), "float32", scope="local")
         for r in T.serial(Hr):
-            for d in T.serial(Dr):
-                m.d_q_r[(token * Hr + r) * Dr + d] = T.float32(0)
+            zero(m.sums, lay.width)
             for s in T.serial(K):
                 c = m.indices[(token * Hkv + r * (Hkv // Hr)) * K + s]
                 if c >= 0:
                     gradient(g, m.grad_scores, token, r, s)
-                    add(m.d_q_r, (token * Hr + r) * Dr, m.landmark, ((token // m.L * m.C + c) * Hr + r) * Dr, g[0])
+                    add(m.sums, 0, m.landmark, ((token // m.L * m.C + c) * Hr + r) * Dr, g[0])
+            store(m.d_q_r, (token * Hr + r) * Dr, m.sums, 0)
 
-    names = ("grad_scores", "landmark", "indices", "d_q_r")
-    return stage("queries", "B * L", gather_landmarks, tuple(tensor_regions(problem)[name] for name in names))
+    names = ("grad_scores", "landmark", "indices", "d_q_r", "sums")
+    return stage("queries", "B * L", gather_landmarks, lay.regions(*names))
 
 
-def landmark_stage(problem: ChunkSelect, tile: CpuTile) -> Stage:
+def landmark_stage(lay: SelectLayout) -> Stage:
     """dlandmark, a unit for every retrieval head of every chunk."""
-    Hr, Dr, K = problem.retrieval_heads, problem.retrieval_dim, problem.top_k
-    add = add_row(tile, Dr)
-    gradient = slot_gradient(problem)
+    p, tile = lay.problem, lay.tile
+    Hr, Dr, K = p.retrieval_heads, p.retrieval_dim, p.top_k
+    zero, add, store = clear(tile, 0.0), add_row(tile, Dr), store_row(tile, Dr)
+    gradient = slot_gradient(p)
 
     @T.inline
     def gather_queries(m, b, r, c, first, last):
-        row = ((b * m.C + c) * Hr + r) * Dr
         g = T.alloc_buffer((1,), "float32", scope="local")
-        for d in T.serial(Dr):
-            m.d_landmark[row + d] = T.float32(0)
+        zero(m.sums, lay.width)
         for i in T.serial(last - first):
             pair = T.cast(m.pairs[first + i], "int64")
             token = b * m.L + pair // K
             gradient(g, m.grad_scores, token, r, pair % K)
-            add(m.d_landmark, row, m.q_r, (token * Hr + r) * Dr, g[0])
+            add(m.sums, 0, m.q_r, (token * Hr + r) * Dr, g[0])
+        store(m.d_landmark, ((b * m.C + c) * Hr + r) * Dr, m.sums, 0)
 
-    regions = tuple(tensor_regions(problem)[name] for name in ("grad_scores", "q_r", "d_landmark"))
-    return stage("landmarks", f"B * {Hr} * C", each_chunk(Hr, K, gather_queries), regions + pair_regions(Hr, K))
+    arguments = lay.regions("grad_scores", "q_r", "d_landmark", "sums") + pair_regions(Hr, K)
+    return stage("landmarks", f"B * {Hr} * C", each_chunk(Hr, K, gather_queries), arguments)
 
 
 def program(problem: ChunkSelect, tile: CpuTile) -> Program:
     """The lists of pairs, then the queries' gradients, then the landmarks'."""
+    lay = SelectLayout(problem, tile)
     Hr, K = problem.retrieval_heads, problem.top_k
-    indices = tensor_regions(problem)["indices"]
     stages = (
-        pair_stage(Hr, problem.kv_heads, K, indices),
-        query_stage(problem, tile),
-        landmark_stage(problem, tile),
+        pair_stage(Hr, problem.kv_heads, K, *lay.regions("indices")),
+        query_stage(lay),
+        landmark_stage(lay),
     )
-    return Program(TENSORS, pair_regions(Hr, K), (), stages)
+    return Program(TENSORS, pair_regions(Hr, K), lay.workspace("backward"), stages)

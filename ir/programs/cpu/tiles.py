@@ -1,4 +1,4 @@
-"""What the chunk-attention programs share: their sizes, and walking the chunks that a tile of tokens selected.
+"""What the chunk-attention programs share: packing rows, and walking the chunks that a tile of tokens selected.
 
 A tile is T neighbouring tokens of one kv head. The union of their chunk lists is walked once; for each chunk, the rows
 (query heads of tokens) that selected it are gathered, ``pairs`` tokens at a time, and worked on together.
@@ -8,54 +8,11 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from hsa_compile.ir.operators import ChunkAttention
-from hsa_compile.ir.programs import CpuTile, Region
-from hsa_compile.ir.programs.cpu.blocks import LOG2E, clear, copy_row
-from hsa_compile.ir.programs.cpu.stages import regions
+from hsa_compile.ir.programs.cpu.blocks import LOG2E, clear, copy_row, store_row
+from hsa_compile.ir.programs.cpu.layout import AttentionLayout
 
 
-class Layout:
-    """The sizes of a tile, and the regions of tensors and workspace."""
-
-    def __init__(self, problem: ChunkAttention, tile: CpuTile) -> None:
-        self.problem, self.tile = problem, tile
-        self.width = tile.pad(problem.head_dim)
-        self.keys = tile.pad(problem.chunk_size)
-        self.pairs = max(1, tile.rows // problem.groups)  # (token, slot) pairs gathered at a time
-        self.rows = -(-self.pairs * problem.groups // tile.row_block) * tile.row_block
-        self.out_rows = tile.tokens * problem.groups
-        self.slots = tile.tokens * problem.top_k
-        self.table = max(tile.lanes, 1 << (2 * self.slots - 1).bit_length())  # hash table, at most half full
-        self._regions = self._tensors() | self._workspace()
-
-    def _tensors(self) -> dict[str, Region]:
-        p = self.problem
-        tokens = f"B * L * {p.q_heads * p.head_dim}"
-        memory = f"B * C * {p.chunk_size * p.kv_heads * p.head_dim}"
-        slots = f"B * L * {p.kv_heads * p.top_k}"
-        return (
-            regions("float32", q=tokens, k=memory, v=memory, weights=slots, o=tokens)
-            | regions("float32", d_q=tokens, d_k=memory, d_v=memory, d_weights=slots, grad_o=tokens)
-            | regions("int32", indices=slots)
-        )
-
-    def _workspace(self) -> dict[str, Region]:
-        block, gathered, logits = self.keys * self.width, self.rows * self.width, self.rows * self.keys
-        sums = (self.out_rows + 1) * self.width  # the last row swallows the padding of row blocks
-        return (
-            regions("float32", keys_t=block, keys=block, values_t=block, values=block, d_keys=block, d_values=block)
-            | regions("float32", queries=gathered, grads=gathered, logits=logits, dp=logits)
-            | regions("float32", weight=self.rows, sums=sums)
-            | regions("int32", target=self.rows, slot=self.rows)
-            | regions("int32", chunk=self.table, head=self.table, next=self.slots, found=self.slots)
-        )
-
-    def regions(self, *names: str) -> tuple[Region, ...]:
-        """The regions of those names, in their order."""
-        return tuple(self._regions[name] for name in names)
-
-
-def group_by_chunk(lay: Layout) -> Any:
+def group_by_chunk(lay: AttentionLayout) -> Any:
     """Groups the filled slots of a tile's tokens by chunk, in the order of first appearance.
 
     A pair is ``token_in_tile * K + slot``. ``chunk[s]`` is the chunk in place s of a hash table (-1: free), ``head[s]``
@@ -86,7 +43,7 @@ def group_by_chunk(lay: Layout) -> Any:
     return group
 
 
-def gather_heads(lay: Layout, gradients: bool) -> Any:
+def gather_heads(lay: AttentionLayout, gradients: bool) -> Any:
     """Packs the query heads of a token as rows ``rows`` ... ``rows + G - 1``, each with the weight of a slot, and with
     their gradients where asked for. Queries carry the logits' factor, for powers of two."""
     Hq, D, G = lay.problem.q_heads, lay.problem.head_dim, lay.problem.groups
@@ -105,7 +62,7 @@ def gather_heads(lay: Layout, gradients: bool) -> Any:
     return gather
 
 
-def pack_rows(lay: Layout) -> Any:
+def pack_rows(lay: AttentionLayout) -> Any:
     """dst[S, width] = a chunk's rows of k or v, which begin at ``first``."""
     Hkv, D, S, WIDTH = lay.problem.kv_heads, lay.problem.head_dim, lay.problem.chunk_size, lay.width
     pack_row = copy_row(lay.tile, D)
@@ -118,7 +75,7 @@ def pack_rows(lay: Layout) -> Any:
     return pack
 
 
-def walk_chunks(lay: Layout, load, attend, gradients: bool) -> Any:
+def walk_chunks(lay: AttentionLayout, load, attend, gradients: bool) -> Any:
     """Walks the chunks that a tile selected and adds up rows of results in ``sums``, token by token and head by head.
 
     ``load(m, first)`` packs the chunk whose rows of k and v begin there; ``attend(m, rows, slots0)`` adds what the
@@ -136,7 +93,7 @@ def walk_chunks(lay: Layout, load, attend, gradients: bool) -> Any:
     def walk(m, b, h, t0, tokens):
         slots0 = ((b * m.L + t0) * Hkv + h) * K
         count = T.alloc_buffer((1,), "int32", scope="local")
-        zero(m.sums, lay.out_rows * lay.width)
+        zero(m.sums, tokens * (G * lay.width))
         group(m, slots0, tokens, count)
         for entry in T.serial(count[0]):
             load(m, ((b * m.C + m.chunk[m.found[entry]]) * S * Hkv + h) * D)
@@ -159,15 +116,15 @@ def walk_chunks(lay: Layout, load, attend, gradients: bool) -> Any:
     return walk
 
 
-def write_sums(lay: Layout) -> Any:
+def write_sums(lay: AttentionLayout) -> Any:
     """Writes a tile's ``sums`` to a tensor in the shape of q."""
     Hq, D, G, WIDTH = lay.problem.q_heads, lay.problem.head_dim, lay.problem.groups, lay.width
+    store = store_row(lay.tile, D)
 
     @T.inline
     def write(m, out, b, h, t0, tokens):
         for t in T.serial(tokens):
             for g in T.serial(G):
-                for d in T.serial(D):
-                    out[((b * m.L + t0 + t) * Hq + h * G + g) * D + d] = m.sums[(t * G + g) * WIDTH + d]
+                store(out, ((b * m.L + t0 + t) * Hq + h * G + g) * D, m.sums, (t * G + g) * WIDTH)
 
     return write
