@@ -34,7 +34,7 @@ def test_a_launcher_passes_maps_pointers_and_dims_in_the_kernels_order() -> None
     assert "hsa_tensor_map(&k_desc, 9, 2, pointers[0], scratch," in source
     assert "cudaFuncAttributeMaxDynamicSharedMemorySize, 65536" in source
     assert "if (grid[0] * grid[1] * grid[2] == 0) return 0;" in source
-    small = dataclasses.replace(KERNEL, shared_bytes=48 * 1024)
+    small = dataclasses.replace(KERNEL, shared_bytes=32 * 1024)
     assert "cudaFuncSetAttribute" not in launcher_source(LAUNCH, small)
 
 

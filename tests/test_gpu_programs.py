@@ -194,8 +194,8 @@ def test_few_tokens_have_forms_of_their_own() -> None:
     forms = {length: attention_tile(PLAIN, length=length).form for length in (1, 4, 16, 4096, None)}
     assert forms == {1: "token", 4: "token", 16: "warps", 4096: "warps", None: "warps"}
     assert attention_tile(ChunkAttention(16, 1, 64, 64, 8, **BF16)).form == "rows"
-    assert select_tile(SELECT, "sm_90a", length=1).split > 0
-    assert select_tile(SELECT, "sm_90a").split == 0
+    assert select_tile(SELECT, "sm_90a", length=1).tokens == 16
+    assert select_tile(SELECT, "sm_90a").tokens == 128
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])

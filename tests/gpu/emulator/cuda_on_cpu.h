@@ -316,15 +316,15 @@ template <class... I> void tma_load(const CUtensorMap& m, Barrier& barrier, void
 }
 
 // Copies that a thread waits for itself, done no sooner.
-struct Waiting { int group; void* to; uint4 what; };
+struct Waiting { int group; void* to; uint4 what; int bytes; };
 struct Copies { std::vector<Waiting> queue[1024]; int group[1024] = {}; };
 inline Copies own_copies;
 template <int bytes> void cp_async_gs_conditional(void* to, const void* from, bool inside) {
-  static_assert(bytes == 16);
+  static_assert(bytes <= 16);
   uint4 what = {};
-  if (inside) memcpy(&what, from, 16);
+  if (inside) memcpy(&what, from, bytes);
   const int me = emulator.current;
-  own_copies.queue[me].push_back({own_copies.group[me], to, what});
+  own_copies.queue[me].push_back({own_copies.group[me], to, what, bytes});
 }
 template <int bytes> void cp_async_gs(void* to, const void* from) { cp_async_gs_conditional<bytes>(to, from, true); }
 inline void cp_async_commit() { ++own_copies.group[emulator.current]; }
@@ -332,7 +332,7 @@ template <int left> void cp_async_wait() {
   auto& queue = own_copies.queue[emulator.current];
   const int before = own_copies.group[emulator.current] - left;
   for (auto& x : queue)
-    if (x.group < before) memcpy(x.to, &x.what, 16);
+    if (x.group < before) memcpy(x.to, &x.what, x.bytes);
   std::erase_if(queue, [=](auto& x) { return x.group < before; });
 }
 template <class T> T warp_reduce_sum(T x) {
