@@ -14,6 +14,6 @@ def tile_for(problem: Problem, pass_name: str, target: GpuTarget, length: int | 
     """Tiles of a problem's pass, for segments of about ``length`` tokens; for long ones where it is None."""
     if isinstance(problem, ChunkAttention):
         if pass_name == "backward":
-            return attention_backward_tile(problem)
+            return attention_backward_tile(problem, target.arch)
         return attention_tile(problem, target.arch, length)
     return select_tile(problem, target.arch, pass_name, length)

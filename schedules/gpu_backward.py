@@ -5,11 +5,11 @@ from __future__ import annotations
 from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import GpuTile
 
-SHARED_BYTES = 227 * 1024  # that a block may have on sm_90
+SHARED_BYTES = {"sm_90a": 227 * 1024, "sm_80": 163 * 1024}  # that a block may have
 
 
-def attention_backward_tile(problem: ChunkAttention) -> GpuTile:
-    """Sizes for ``problem`` on sm_90a.
+def attention_backward_tile(problem: ChunkAttention, arch: str = "sm_90a") -> GpuTile:
+    """Sizes for ``problem`` on ``arch``; below sm_90a they are as for it, in less memory.
 
     64 query rows a tile, in few registers, so that several blocks share a multiprocessor; small groups need more tokens
     for that. Tiles of two and four warpgroups load a chunk once for more tokens, but wait on each other: 0.78 and 0.79
@@ -18,24 +18,27 @@ def attention_backward_tile(problem: ChunkAttention) -> GpuTile:
     A work item is about 4096 query rows: few enough to spread popular chunks, enough to load a chunk once.
     """
     D, S, G = problem.head_dim, problem.chunk_size, problem.groups
+    most = SHARED_BYTES[arch]
     tokens = max(1, min(64, 64 // G))
     rows = -(-tokens * G // 64) * 64
     width = -(-D // 16) * 16
     chunk_bytes = 4 * width * min(S, 128)
     row_bytes = 4 * width * rows
-    fits = (SHARED_BYTES - 2048 - row_bytes) // chunk_bytes
+    fits = (most - 2048 - row_bytes) // chunk_bytes
     stages = max(1, min(2, fits))
     pairs = max(64, 4096 // G)
     block_bytes = 4 * width * -(-max(G, 64 // G * G) // 16) * 16 + 1024
-    memory_fits = (SHARED_BYTES - 4 * width * 64 - 8 * pairs - 2048) // block_bytes
+    memory_fits = (most - 4 * width * 64 - 8 * pairs - 2048) // block_bytes
     registers = S * 5 // 4 + D // 2 + 16  # of a thread
     return GpuTile(
         tokens=tokens,
         stages=stages,
         blocks=max(
-            1, min(4, 65536 // 128 // registers * 64 // rows, SHARED_BYTES // (row_bytes + stages * chunk_bytes + 2048))
+            1, min(4, 65536 // 128 // registers * 64 // rows, most // (row_bytes + stages * chunk_bytes + 2048))
         ),
         pairs=pairs,
         memory_stages=max(2, min(3, memory_fits)),
-        memory_blocks=3 if D <= 64 else 2 if D <= 128 else 1,
+        # The matrix instructions of sm_80 read both operands from registers.
+        memory_blocks=max(1, (3 if D <= 64 else 2 if D <= 128 else 1) - (arch != "sm_90a")),
+        wgmma=arch == "sm_90a",
     )
