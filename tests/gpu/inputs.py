@@ -42,11 +42,12 @@ def attention_inputs(
 
 
 def attention_by_definition(
-    p: ChunkAttention, inputs: Tensors, wide: torch.dtype, rounded: torch.dtype | None = None
+    p: ChunkAttention, inputs: Tensors, wide: torch.dtype, rounded: torch.dtype | None = None, apart: bool = False
 ) -> Tensors:
     """(o, d_q, d_k, d_v, d_weights) in ``wide``. With ``rounded``, probabilities and logit gradients go through that
-    type before they are multiplied, and so do the results, as in any half-precision attention; a token's duplicates of
-    a chunk are rounded as one, for their errors would partly cancel out where tokens are few."""
+    type before they are multiplied, and so do the results, as in any half-precision attention. A token's duplicates of
+    a chunk are rounded as one, as lists of distinct chunks do, or ``apart``, as walks over a token's slots do: with
+    weights of both signs, the errors of the one are no bound for those of the other."""
     grad_o, q, k, v, indices, weights = inputs
     (B, L, _, D), Hkv, S, K = q.shape, p.kv_heads, p.chunk_size, p.top_k
     C, G = k.shape[1] // S, p.groups
@@ -66,7 +67,7 @@ def attention_by_definition(
                 live = (indices[b, rows, h] >= 0) & (indices[b, rows, h] < C)
                 at = torch.where(live, indices[b, rows, h], 0).long()
                 w = torch.where(live, weights[b, rows, h], 0.0).to(wide)
-                if rounded:
+                if rounded and not apart:
                     same = (at[:, :, None] == at[:, None]) & live[:, :, None] & live[:, None]
                     w = (same * w[:, None]).sum(-1) * ~same.tril(-1).any(-1)
                 w = w[..., None, None]
