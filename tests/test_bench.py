@@ -1,6 +1,7 @@
 """What benchmarks stand on: selections with the stated overlap, the committed format, the dense peer."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch.nn.functional as F
 from hsa_compile import eager
 from hsa_compile.bench import verify
 from hsa_compile.bench.dense import DenseModel
+from hsa_compile.bench.kernels import captured_shapes, selections_of
 from hsa_compile.bench.record import common_keys, timed, write_suite
-from hsa_compile.bench.selections import synthetic_selection, union_ratio
+from hsa_compile.bench.selections import captured_selections, synthetic_selection, union_ratio
 from hsa_compile.ir import ChunkAttention, ChunkSelect
-from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.config import ConfigError, ModelConfig, preset
+from hsa_compile.model.model import HsaModel
 
 
 @pytest.mark.parametrize("kind", ["local", "random"])
@@ -34,6 +37,30 @@ def test_overlap_is_as_stated() -> None:
     same = torch.arange(4, dtype=torch.int32).expand(1, 8, 1, 4)
     assert union_ratio(same) == 1.0
     assert union_ratio(torch.arange(32, dtype=torch.int32).view(1, 8, 1, 4)) == 8.0
+
+
+def test_captured_selections_are_what_each_layer_selects_over_the_whole_text() -> None:
+    torch.manual_seed(0)
+    model = HsaModel(preset("tiny")).eval()
+    p, ids = model.config.problems()[1], torch.randint(0, 256, (700,))  # more than a segment of a prefill
+    shapes = captured_shapes(model, ids)
+    assert len(shapes) == len(captured_selections(model, ids)) >= 1
+    for shape in shapes:
+        assert (shape.L, shape.selection, shape.problem.groups, shape.chunk_size) == (
+            700,
+            "captured",
+            p.groups,
+            p.chunk_size,
+        )
+        indices, weights = selections_of(shape, 0)
+        assert indices.shape == weights.shape == (1, 700, p.kv_heads, p.top_k)
+        visible = (torch.arange(700) // p.chunk_size).view(1, -1, 1, 1)
+        assert (indices < visible).all()
+        assert ((indices >= 0).sum(-1)[0, -1] == p.top_k).all()
+        assert not weights[indices < 0].any()
+        torch.testing.assert_close(weights.sum(-1), (indices >= 0).any(-1).float())
+    with pytest.raises(ConfigError, match="capturing selections"):
+        captured_selections(HsaModel(replace(preset("tiny"), architecture="swa")), ids)
 
 
 def test_no_chunks_no_selection() -> None:

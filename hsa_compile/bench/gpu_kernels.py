@@ -12,10 +12,10 @@ from torch import Tensor
 
 from hsa_compile import dispatch, ops
 from hsa_compile.bench import verify
-from hsa_compile.bench.kernels import Shape
+from hsa_compile.bench.kernels import Shape, selections_of
 from hsa_compile.bench.peers import Peer, available
 from hsa_compile.bench.record import Timing, common_keys, timed_gpu, timed_replay
-from hsa_compile.bench.selections import synthetic_selection, union_ratio
+from hsa_compile.bench.selections import union_ratio
 from hsa_compile.ir import ChunkSelect
 
 log = logging.getLogger("hsa_compile")
@@ -98,9 +98,7 @@ def _inputs(shape: Shape, seed: int) -> tuple[Tensor, ...]:
     dtype = getattr(torch, shape.dtype)
     q = torch.randn(B, L, shape.q_heads, D, device="cuda", dtype=dtype)
     k, v = (torch.randn(B, L // S * S, Hkv, D, device="cuda", dtype=dtype) for _ in range(2))
-    indices = synthetic_selection(B, L, Hkv, shape.top_k, S, shape.selection, seed, "cuda")
-    weights = torch.rand(indices.shape, device="cuda").masked_fill(indices < 0, float("-inf")).softmax(-1).nan_to_num()
-    return q, k, v, indices, weights
+    return q, k, v, *selections_of(shape, seed, "cuda")
 
 
 def _attention_rows(shape: Shape, seed: int) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from hsa_compile import dispatch, eager, ops
 from hsa_compile.bench.record import Timing, common_keys, matmul_tflops, timed
-from hsa_compile.bench.selections import SelectionKind, synthetic_selection, union_ratio
+from hsa_compile.bench.selections import Captured, SelectionKind, captured_selections, synthetic_selection, union_ratio
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.ir.operators import Dtype
+from hsa_compile.model.model import HsaModel
 
 # Beyond this much work the slow peers would take minutes a run.
 EAGER_GFLOP, DENSE_GFLOP = 40.0, 400.0
@@ -28,7 +29,7 @@ TERA = 10.0  # TFLOP/s from which tables count in TFLOP/s: GPUs
 
 @dataclass(frozen=True)
 class Shape:
-    """One line of the benchmark."""
+    """One line of the benchmark. ``captured`` are the selections to use where they are not synthetic."""
 
     L: int
     q_heads: int
@@ -39,6 +40,7 @@ class Shape:
     selection: SelectionKind = "local"
     B: int = 1
     dtype: Dtype = "float32"
+    captured: Captured | None = field(default=None, repr=False, compare=False)
 
     @property
     def problem(self) -> ChunkAttention:
@@ -57,6 +59,29 @@ def default_shapes(lengths: Sequence[int] = (1024, 4096, 16384)) -> list[Shape]:
     heads = ((16, 1, 64), (16, 4, 64), (4, 4, 64), (16, 2, 128))
     shapes = [Shape(L, *h, 8, selection=kind) for L in lengths for h in heads for kind in ("local", "random")]
     return shapes + [Shape(L, *heads[0], 8, dtype="bfloat16") for L in lengths]
+
+
+def captured_shapes(model: HsaModel, ids: Tensor, dtype: Dtype = "float32") -> list[Shape]:
+    """A line for each HSA layer of a model: its sizes, and what it selects over a text [L].
+
+    Raises:
+        ConfigError: the architecture has no HSA layers.
+    """
+    found = captured_selections(model, ids)
+    p = model.config.problems()[1]
+    heads = (p.q_heads, p.kv_heads, p.head_dim, p.top_k, p.chunk_size)
+    return [Shape(len(ids), *heads, "captured", dtype=dtype, captured=one) for one in found]
+
+
+def selections_of(shape: Shape, seed: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """(indices, weights) [B, L, Hkv, K]; weights of synthetic selections are random and positive."""
+    if shape.captured is not None:
+        return shape.captured.indices.to(device), shape.captured.weights.to(device)
+    sizes = (shape.B, shape.L, shape.kv_heads, shape.top_k, shape.chunk_size)
+    assert shape.selection != "captured", "a captured selection comes with its indices"
+    indices = synthetic_selection(*sizes, shape.selection, seed, device)
+    weights = torch.rand(indices.shape, device=device).masked_fill(indices < 0, float("-inf"))
+    return indices, weights.softmax(-1).nan_to_num()
 
 
 def run(shapes: Sequence[Shape], seed: int = 0, progress: Callable[[str], None] = print) -> list[dict[str, Any]]:
@@ -80,8 +105,7 @@ def _inputs(shape: Shape, seed: int) -> tuple[Tensor, ...]:
     dtype = getattr(torch, shape.dtype)
     q = torch.randn(1, L, shape.q_heads, shape.head_dim).to(dtype)
     k, v = torch.randn(2, 1, L // S * S, shape.kv_heads, shape.head_dim).to(dtype)
-    indices = synthetic_selection(1, L, shape.kv_heads, shape.top_k, S, shape.selection, seed)
-    return q, k, v, indices, torch.rand(indices.shape)
+    return q, k, v, *selections_of(shape, seed)
 
 
 def _error(shape: Shape, inputs: tuple[Tensor, ...], o: Tensor) -> float:
@@ -159,21 +183,33 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
-    """Attention's forward and backward rates by length, ours beside the peers, for the shapes with one kv head."""
+    """Attention's rates and times a token by length, forward and backward, ours beside the peers: one kv head of width
+    64 and 8 slots, in the precision that most is measured in."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, pass_name in zip(axes, ("forward", "backward")):
-        picked = [r for r in rows if r["op"] == "attention" and r["pass"] == pass_name and r["Hkv"] == 1]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True, sharey="row")
+    plain = {"op": "attention", "Hkv": 1, "D": 64, "K": 8, "dtype": rows[0]["dtype"]}
+    for column, pass_name in enumerate(("forward", "backward")):
+        picked = [r for r in rows if r.items() >= {**plain, "pass": pass_name}.items()]
         for impl, kind in sorted({(r["impl"], r["selection"]) for r in picked}):
-            line = sorted((r["L"], r["tflops"]) for r in picked if (r["impl"], r["selection"]) == (impl, kind))
-            style = "-" if kind == "local" else "--"
-            axis.plot(*zip(*line), style, marker="o", label=f"{impl}, {kind}")
-        axis.axhline(rows[0]["ceiling_tflops"], color="grey", linewidth=1, label="matmul")
-        axis.set(title=f"chunk attention, {pass_name}", xlabel="tokens", xscale="log", yscale="log")
-    axes[0].set_ylabel("TFLOP/s")
-    axes[1].legend(fontsize=8)
+            line = sorted(
+                (r["L"], r["tflops"], 1e3 * r["ms"] / r["B"] / r["L"])
+                for r in picked
+                if (r["impl"], r["selection"]) == (impl, kind)
+            )
+            lengths, rates, times = zip(*line)
+            style = {"local": "-", "random": "--"}.get(kind, ":")
+            color = f"C{sorted({r['impl'] for r in picked}).index(impl)}"
+            axes[0, column].plot(lengths, rates, style, color=color, marker="o", label=f"{impl}, {kind}")
+            axes[1, column].plot(lengths, times, style, color=color, marker="o")
+        axes[0, column].axhline(rows[0]["ceiling_tflops"], color="grey", linewidth=1, label="matmul")
+        axes[0, column].set(title=f"chunk attention, {pass_name}", yscale="log")
+        axes[1, column].set(xlabel="tokens", xscale="log", yscale="log")
+    axes[0, 0].set_ylabel("TFLOP/s")
+    axes[1, 0].set_ylabel("µs a token")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path

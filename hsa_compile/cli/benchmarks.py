@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hsa_compile.cli.common import Bundle, Checkpoint, Output, Seed, console, fail, friendly, spinner
+
+if TYPE_CHECKING:
+    from hsa_compile.bench.kernels import Shape
 
 bench_app = typer.Typer(help="Measure models or kernels; saves JSON and a picture.", no_args_is_help=True)
 
@@ -47,6 +50,11 @@ def bench_kernels(
     target: Annotated[
         str, typer.Option("--target", "-t", help="cpu:native, or cuda for the first GPU.")
     ] = "cpu:native",
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A trained model (the directory that `train` wrote): measured on its selections, too."),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="What it reads. Default: a book with hidden pairs.")] = None,
     seed: Seed = 0,
 ) -> None:
     """Rates of the operators, checked before they are timed, beside eager, dense and public implementations.
@@ -62,14 +70,33 @@ def bench_kernels(
 
         if target not in ("cpu:native", "cuda"):
             fail(f"kernels are measured on cpu:native or cuda, not on {target}")
+        gpu = target == "cuda"
         with spinner("measuring") as say:
-            if target == "cuda":
-                path = output / "kernels.jsonl"
-                rows = gpu_kernels.run(gpu_kernels.default_shapes(lengths or ()), seed, say, partial(write_suite, path))
+            if gpu:
+                shapes = gpu_kernels.default_shapes(lengths or ())
             else:
                 shapes = kernels.default_shapes(lengths) if lengths else kernels.default_shapes()
+            if model is not None:
+                for length in lengths or [4096]:
+                    say(f"what the model selects of {length} tokens")
+                    shapes += _captured(model, text, length, gpu, seed)
+            if gpu:
+                rows = gpu_kernels.run(shapes, seed, say, partial(write_suite, output / "kernels.jsonl"))
+            else:
                 rows = kernels.run(shapes, seed, say)
         _save(kernels, rows, output, "kernels")
+
+
+def _captured(directory: Path, text: Path | None, length: int, gpu: bool, seed: int) -> list[Shape]:
+    from hsa_compile import diagnosis
+    from hsa_compile.bench import kernels
+    from hsa_compile.model.checkpoint import load_checkpoint
+
+    loaded = load_checkpoint(directory)
+    ids = diagnosis.read_tokens(loaded.config, directory, text, None, length, seed)
+    if gpu:
+        return kernels.captured_shapes(loaded.cuda(), ids, "bfloat16")
+    return kernels.captured_shapes(loaded, ids)
 
 
 @bench_app.command("tuning")
