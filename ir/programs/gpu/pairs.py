@@ -212,6 +212,7 @@ def unite_in_warps(pairs: Pairs) -> Any:
                                     masks[0, j] = masks[0, j] | T.shift_left(1, (i * 4 + u) // K % 32)
                                 else:
                                     masks[1, j] = masks[1, j] | T.shift_left(1, (i * 4 + u) // K % 32)
+                T.sync_warp()  # the compiler lays ``number`` over ``chunks``
                 found = 0
                 for j in T.unroll(EACH):
                     pair = j * 32 + lane

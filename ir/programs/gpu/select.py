@@ -88,6 +88,7 @@ def choose(problem: ChunkSelect, tile: GpuTile):
         # Below it, so that what ties with it is a candidate.
         for i in T.Parallel(M):
             bar[i] = T.max(bar[i], below(most[i]))
+        T.sync_warp()  # other lanes have read it
         for i in T.Parallel(M):
             level[i] = bar[i]
 

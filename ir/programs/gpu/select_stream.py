@@ -125,6 +125,7 @@ def choose_streaming(problem: ChunkSelect, tile: GpuTile) -> Any:
         # Below it, so that what ties with it is a candidate.
         for i in T.Parallel(M):
             bar[i] = T.max(bar[i], below(T.if_then_else(i // 8 % 2 == 0, most[0], most[1])))
+        T.sync_warp()  # other lanes have read it
         for i in T.Parallel(M):
             level[i] = bar[i]
 
