@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 from emulate import EmulatedKernel
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
+from hsa_compile.ir.programs import GpuTile
 from hsa_compile.schedules import build
 from hsa_compile.schedules.choice import default_tile
 from hsa_compile.schedules.gpu_forward import BLOCK_SHARED, attention_tile
@@ -131,13 +132,45 @@ CHECKS = {
 def test_a_program_computes_its_operator(
     problem: Problem, pass_name: str, arch: str, length: int | None, tmp_path: Path
 ) -> None:
-    target = f"cuda:{arch}"
-    artifact = build(problem, pass_name, target, default_tile(problem, pass_name, resolve_any(target), length))
+    _build_and_check(
+        problem, pass_name, arch, default_tile(problem, pass_name, resolve_any(f"cuda:{arch}"), length), tmp_path
+    )
+
+
+def _build_and_check(problem: Problem, pass_name: str, arch: str, tile: Any, path: Path) -> dict[str, dict[str, int]]:
+    artifact = build(problem, pass_name, f"cuda:{arch}", tile)
     resources = json.loads((artifact.directory / "resources.json").read_text())
     assert all(kernel["registers"] > 0 for kernel in resources.values())
     # Tiles are picked for Hopper; what they cost elsewhere is not known yet.
     assert arch != "sm_90a" or not any(kernel["spill_bytes"] for kernel in resources.values()), resources
-    CHECKS[problem.op, pass_name](EmulatedKernel(artifact, tmp_path), problem)  # type: ignore[arg-type]
+    CHECKS[problem.op, pass_name](EmulatedKernel(artifact, path), problem)  # type: ignore[arg-type]
+    return resources
+
+
+@needs_gpu_compiler
+@pytest.mark.parametrize(
+    ("problem", "sizes", "registers"),
+    [
+        (ChunkAttention(16, 1, 64, 64, 4, **BF16), {"tokens": 8, "stages": 2, "blocks": 1, "run": 2}, 168),
+        *(
+            pytest.param(problem, sizes, registers, marks=slow)
+            for problem, sizes, registers in [
+                (ChunkAttention(16, 1, 64, 64, 8, **BF16), {"tokens": 16, "stages": 12, "blocks": 1, "run": 4}, 96),
+                (ChunkAttention(32, 2, 128, 64, 16, **BF16), {"tokens": 12, "stages": 5, "blocks": 1, "run": 2}, 128),
+                (ODD, {"tokens": 42, "stages": 4, "blocks": 1, "run": 2}, 168),
+                (PLAIN, {"tokens": 3, "stages": 3, "blocks": 3, "run": 3}, 80),
+            ]
+        ),
+    ],
+    ids=str,
+)
+def test_warpgroups_that_share_chunks_compute_attention(
+    problem: ChunkAttention, sizes: dict[str, int], registers: int, tmp_path: Path
+) -> None:
+    tile = GpuTile(form="warpgroups", **sizes)
+    resources = _build_and_check(problem, "forward", "sm_90a", tile, tmp_path)
+    # Those that a block starts with are all that its warpgroups can share out anew; with fewer they wait for ever.
+    assert resources["attend"]["registers"] == registers
 
 
 REFUSED = """

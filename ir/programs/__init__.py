@@ -101,7 +101,7 @@ class Program:
     stages: tuple[Stage, ...]
 
 
-FORMS = ("rows", "warps", "token")
+FORMS = ("rows", "warpgroups", "warps", "token")
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,9 @@ class GpuTile:
         bound: tiles of landmarks that a selection scores twice: first for a bound of the K-th best score.
         split: blocks that share a selection's landmarks where tiles of queries are fewer; 0 for a block a tile always.
         wgmma: use the matrix instructions and bulk copies of sm_90a instead of those of sm_80.
-        form: of the forward of chunk attention: "rows" where all rows of a tile meet its chunks, "warps" where every
-            16 rows meet their own, "token" for few tokens, one a thread block.
+        run: neighbouring tiles that a thread block of the form "warpgroups" walks one after the other.
+        form: of the forward of chunk attention: "rows" where all rows of a tile meet its chunks, "warpgroups" where
+            every 64 rows meet their own, "warps" where every 16 do, "token" for few tokens, one a thread block.
     """
 
     tokens: int = 8
@@ -133,10 +134,11 @@ class GpuTile:
     bound: int = 1
     split: int = 0
     wgmma: bool = True
+    run: int = 1
     form: str = "rows"
 
     def __post_init__(self) -> None:
-        _require_least(self, tokens=1, stages=1, blocks=1, pairs=1, slots=1, memory_stages=1, memory_blocks=1)
+        _require_least(self, tokens=1, stages=1, blocks=1, pairs=1, slots=1, memory_stages=1, memory_blocks=1, run=1)
         _require_least(self, bound=0, split=0)
         if self.form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")

@@ -6,13 +6,13 @@ zero where its token did not select it, scales the row before the second product
 of chunks add up linearly, so nothing is rescaled and no order is kept. Overlap between neighbours is what makes this
 fast: K tokens of keys are loaded |U| times a tile instead of T*K times.
 
-It has three forms. By ``rows`` (here) all rows of a tile meet all chunks of its list; by ``warps`` every 16 rows meet
-those that one of their tokens selected; by ``token``, for decoding, nothing is shared.
+It has four forms. By ``rows`` (here) all rows of a tile meet all chunks of its list; by ``warpgroups`` every 64 rows meet
+those that one of their tokens selected, by ``warps`` every 16; by ``token``, for decoding, nothing is shared.
 
 Rows do not touch each other: a row's weight of zero makes its probabilities exactly zero, so NaN in a query row or in
 the keys of a chunk stays with the tokens that own or selected it. NaN or infinity in the *values* of a chunk can reach
-other tokens, because a matrix product turns 0 * NaN into NaN: by rows the T-1 neighbours in the tile, by warps those
-that share 16 rows (none where G is a multiple of 16), by token none.
+other tokens, because a matrix product turns 0 * NaN into NaN: by rows the T-1 neighbours in the tile, by warpgroups and
+warps those that share 64 or 16 rows (by warps none where G is a multiple of 16), by token none.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ import tilelang.language as T
 
 from hsa_compile.ir.operators import ChunkAttention
 from hsa_compile.ir.programs import GpuProgram, GpuTile, Launch
-from hsa_compile.ir.programs.gpu import attention_warps, decode
+from hsa_compile.ir.programs.gpu import attention_warpgroups, attention_warps, decode
 from hsa_compile.ir.programs.gpu.attention_walk import OPTIONS, TENSORS, Walk, require_supported, tile_copies
 from hsa_compile.ir.programs.gpu.union import ROW_GROUP, UnionLists
 
@@ -44,6 +44,8 @@ def program(problem: ChunkAttention, tile: GpuTile) -> GpuProgram:
     options = {**OPTIONS, "tl.disable_wgmma": True}
     if tile.form == "warps":
         attend = attention_warps.attend(lists)
+    elif tile.form == "warpgroups":
+        attend, options = attention_warpgroups.attend(lists), OPTIONS
     elif tile.wgmma:
         attend, options = _attend(lists), OPTIONS
     else:

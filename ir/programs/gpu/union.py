@@ -209,7 +209,7 @@ def _unite_in_blocks(lists: UnionLists) -> Any:
     p, TOKENS = lists.problem, lists.tile.tokens
     Hq, Hkv, D, S, K, G = p.q_heads, p.kv_heads, p.head_dim, p.chunk_size, p.top_k, p.groups
     SLOTS = lists.slots
-    THREADS = 256 if SLOTS <= 1024 else 512
+    THREADS = 128 if SLOTS <= 128 else 256 if SLOTS <= 1024 else 512
     ROUNDS = -(-SLOTS // THREADS)
     WORDS = WINDOW // 32
     SHUFFLED = 32 % K == 0  # a token's slots are in one warp

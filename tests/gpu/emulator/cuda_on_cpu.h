@@ -290,6 +290,9 @@ template <DataType A> float element(uint32_t pair, int i) { return element<A>(ui
 template <int N> bool tl_shuffle_elect() { return N ? emulator.current % N == 0 : emulator.current == 0; }
 inline void prefetch_tma_descriptor(const CUtensorMap&) {}
 inline void fence_barrier_init() {}
+template <int> void warpgroup_reg_alloc() {}
+template <int> void warpgroup_reg_dealloc() {}
+inline void __sync_thread_partial(int, int count) { emulator.meet(count - 1); }  // of aligned powers of two
 inline void fence_proxy_async() {}
 template <class... I> void tma_load(const CUtensorMap& m, Barrier& barrier, void* to, I... at) {
   const int64_t start[5] = {int64_t(at)...};
