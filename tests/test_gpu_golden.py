@@ -22,6 +22,7 @@ WIDE_GROUP = {**ATTENTION, "q_heads": 16, "kv_heads": 1, "head_dim": 64, "top_k"
 SMALL_GROUP = {**ATTENTION, "q_heads": 4, "kv_heads": 2, "head_dim": 64, "top_k": 8}
 SCHEDULES = {
     "attention-rows": (WIDE_GROUP, "forward", "sm_90a", None),
+    "attention-warpgroups": ({**WIDE_GROUP, "head_dim": 128}, "forward", "sm_90a", None),
     "attention-warps": (SMALL_GROUP, "forward", "sm_90a", None),
     "attention-token": (WIDE_GROUP, "forward", "sm_90a", 1),
     "attention-sm80": (WIDE_GROUP, "forward", "sm_80", None),
