@@ -37,6 +37,7 @@ def generate(
     seed: int | None = None,
     stop_ids: Sequence[int] = (),
     segment: int = SEGMENT,
+    offload: bool = False,
 ) -> Iterator[Tensor]:
     """Continues prompts, token by token.
 
@@ -48,6 +49,7 @@ def generate(
         seed: makes the draws repeatable.
         stop_ids: tokens that end a text; they and what would come after them are given as -1.
         segment: tokens a prefill segment.
+        offload: keep the chunk memory in the host's, where contexts outgrow the GPU; the same tokens.
 
     Yields:
         int64 [B], the next token of every prompt, as soon as it is known; ends when every text has.
@@ -59,7 +61,7 @@ def generate(
     device = model.embedding.weight.device
     ids, lengths = _padded(prompt_ids)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    logits, state = prefill(model, ids.to(device), segment, lengths)
+    logits, state = prefill(model, ids.to(device), segment, lengths, offload=offload)
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     for count in range(max_new_tokens):
