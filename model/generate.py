@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hsa_compile.model.graph import GraphDecoder, capturable
 from hsa_compile.model.model import HsaModel
 from hsa_compile.model.prefill import SEGMENT, prefill
 
@@ -38,6 +39,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     segment: int = SEGMENT,
     offload: bool = False,
+    graphs: bool = False,
 ) -> Iterator[Tensor]:
     """Continues prompts, token by token.
 
@@ -50,6 +52,7 @@ def generate(
         stop_ids: tokens that end a text; they and what would come after them are given as -1.
         segment: tokens a prefill segment.
         offload: keep the chunk memory in the host's, where contexts outgrow the GPU; the same tokens.
+        graphs: decode from CUDA graphs as soon as windows are full: faster from the second chunk of tokens on.
 
     Yields:
         int64 [B], the next token of every prompt, as soon as it is known; ends when every text has.
@@ -64,6 +67,7 @@ def generate(
     logits, state = prefill(model, ids.to(device), segment, lengths, offload=offload)
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
+    decoder: GraphDecoder | None = None
     for count in range(max_new_tokens):
         token = sample(logits, temperature, top_p, generator)
         if len(stop_ids):
@@ -71,7 +75,13 @@ def generate(
             if ended.all():
                 return
         yield token.masked_fill(ended, -1)
-        if count + 1 < max_new_tokens:
+        if count + 1 == max_new_tokens:
+            return
+        if graphs and decoder is None and capturable(model, state):
+            decoder = GraphDecoder(model, state)
+        if decoder is not None:
+            logits = decoder.step(token[:, None])[:, -1]
+        else:
             step_logits, state = model.step(token[:, None], state)
             logits = step_logits[:, -1]
 
