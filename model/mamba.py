@@ -10,7 +10,9 @@ precision and fla-core is installed, its kernels scan.
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +91,8 @@ def fla_scan(
 ) -> tuple[Tensor, Tensor]:
     """``scan`` by fla-core: linear attention with a scalar decay a head, whose products are of ``dtype``; the decays
     and the state that is passed on are float32."""
-    from fla.ops.simple_gla import chunk_simple_gla
+    chunk_simple_gla = _simple_gla()
+    assert chunk_simple_gla is not None
 
     def of_heads(t_BLN: Tensor) -> Tensor:
         return t_BLN.to(dtype).unsqueeze(2).expand(-1, -1, x_BLHP.shape[2], -1)
@@ -101,10 +104,20 @@ def fla_scan(
     return y.to(x_BLHP.dtype), h_BHNP.transpose(-1, -2).to(h_BHPN.dtype)
 
 
+@functools.cache
+def _simple_gla() -> Callable[..., Any] | None:
+    """fla-core's linear attention with a scalar decay, where it is installed."""
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError:
+        return None
+    return chunk_simple_gla
+
+
 def has_kernel(x: Tensor, length: int) -> bool:
     """Whether fla's kernels scan what was projected to ``x``: half precision on a GPU, a chunk of tokens or more."""
     half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
-    return half and length >= SCAN_CHUNK and importlib.util.find_spec("fla") is not None
+    return half and length >= SCAN_CHUNK and _simple_gla() is not None
 
 
 class Mamba2(nn.Module):
