@@ -21,12 +21,10 @@ def fits(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
     compute capability 8.0."""
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or torch.compiler.is_exporting():
         return False
-    return config.swa_head_dim % 8 == 0 and config.swa_head_dim <= 256 and _capability(device) >= (8, 0)
-
-
-@torch.compiler.assume_constant_result
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if torch.version.cuda else (0, 0)
+    if config.swa_head_dim % 8 or config.swa_head_dim > 256:
+        return False
+    # torch.compile cannot trace the look at the device.
+    return torch.compiler.is_compiling() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def attend_window(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tensor:

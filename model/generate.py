@@ -58,11 +58,12 @@ def generate(
         int64 [B], the next token of every prompt, as soon as it is known; ends when every text has.
 
     Raises:
-        ValueError: a prompt is empty or an option is out of range.
+        ValueError: a prompt is empty or has ids outside the vocabulary, or an option is out of range.
         ConfigError: the architecture demands prompts of one length.
     """
     device = model.embedding.weight.device
     ids, lengths = _padded(prompt_ids)
+    model.check_ids(ids)  # here they still are on the host
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     logits, state = prefill(model, ids.to(device), segment, lengths, offload=offload)
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsa_compile.model.checkpoint import write_atomically, write_text
+from hsa_compile.model.checkpoint import CheckpointError, write_atomically, write_text
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.encoder import Memory
 from hsa_compile.model.hsa import HsaLayer
@@ -147,9 +147,19 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
+        """Adds a line.
+
+        Raises:
+            CheckpointError: it could not be written, for one because the disk is full.
+        """
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"could not write {self._file.name}: {error.strerror}; make room, then resume"
+            ) from None
 
     def close(self) -> None:
         self._file.close()

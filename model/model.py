@@ -113,6 +113,21 @@ class HsaModel(nn.Module):
             return torch.get_autocast_dtype(device.type)
         return self.embedding.weight.dtype
 
+    def check_ids(self, ids_BL: Tensor) -> None:
+        """Refuses what are no tokens of this model. On a GPU values are not looked at: that would stop the stream.
+
+        Raises:
+            ValueError: the shape is not [B, L >= 1], or an id is outside the vocabulary.
+        """
+        if ids_BL.dim() != 2 or ids_BL.shape[1] < 1:
+            raise ValueError(f"ids must be [B, L >= 1], got {list(ids_BL.shape)}; give at least one token")
+        if ids_BL.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"ids must be int64, got {ids_BL.dtype}")
+        if ids_BL.device.type == "cpu" and ids_BL.numel() and not torch.compiler.is_compiling():
+            low, high = (int(end) for end in ids_BL.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"ids must lie in 0 … {self.config.vocab_size - 1}, found {low} … {high}")
+
     def embed(self, ids_BL: Tensor, span: Span | MambaSpan) -> Tensor:
         x = self.embedding(ids_BL)
         return span.insert(x, self.landmark_token) if isinstance(span, LandmarkAttention) else x
@@ -133,9 +148,10 @@ class HsaModel(nn.Module):
                 starts (``rows.starts_of``). Every document gets the logits that it has alone.
 
         Raises:
-            ValueError: the document starts are not that.
+            ValueError: the document starts are not that, or the ids are no tokens (``check_ids``).
             ConfigError: the architecture takes no packed documents.
         """
+        self.check_ids(ids_BL)
         B, L = ids_BL.shape
         S, C = self.config.chunk_size, L // self.config.chunk_size
         span = self.span(0, L, None, starts_BL)
@@ -187,11 +203,12 @@ class HsaModel(nn.Module):
             last: logits after the last token alone, [B, 1, V]: of long segments, those of all are gigabytes.
 
         Raises:
-            ValueError: the segment is empty, or its batch or the lengths are not the state's.
+            ValueError: the ids are no tokens (``check_ids``), or their batch or the lengths are not the state's.
             ConfigError: the architecture demands rows of one length.
         """
+        self.check_ids(ids_BL)
         B, L = state.position.shape[0], ids_BL.shape[-1]
-        if ids_BL.dim() != 2 or L < 1 or ids_BL.shape[0] != B:
+        if ids_BL.shape[0] != B:
             raise ValueError(f"ids must be [B={B}, L >= 1] like the state, got {list(ids_BL.shape)}")
         ragged = None
         if lengths is not None or state.ragged:

@@ -49,7 +49,7 @@ def prefill(
     Raises:
         ValueError: a prompt is empty, or the segment length is not positive.
     """
-    _check(ids_BL, segment)
+    _check(model, ids_BL, segment)
     B, L = ids_BL.shape
     if lengths is not None and (len(lengths) != B or not all(1 <= n <= L for n in lengths)):
         raise ValueError(f"prompts must have 1 to {L} tokens each, got lengths {list(lengths)} for {B} rows")
@@ -97,7 +97,7 @@ def short_prefill(
         ValueError: a prompt is empty, or the segment length is not positive.
         ConfigError: the architecture's layers reach back without bound.
     """
-    _check(ids_BL, segment)
+    _check(model, ids_BL, segment)
     _check_windows(model, "a short prefill")
     B, L = ids_BL.shape
     state = model.start(B, L // model.config.chunk_size + 1, offload)
@@ -129,7 +129,7 @@ def patch(
         ValueError: the range is empty or outside the text, or the text is not as long as what the state has seen.
         ConfigError: the architecture's layers reach back without bound.
     """
-    _check(ids_BL, segment)
+    _check(model, ids_BL, segment)
     _check_windows(model, "patching")
     c, L = model.config, ids_BL.shape[1]
     if state.ragged or state.position.tolist() != [L] * ids_BL.shape[0]:
@@ -150,9 +150,8 @@ def patch(
     return _finish(model, tail[:, -upper_reach(c) :], lower, state)
 
 
-def _check(ids_BL: Tensor, segment: int) -> None:
-    if ids_BL.dim() != 2 or ids_BL.shape[1] < 1:
-        raise ValueError(f"prompts must be [B, L >= 1], got {list(ids_BL.shape)}; give at least one token")
+def _check(model: HsaModel, ids_BL: Tensor, segment: int) -> None:
+    model.check_ids(ids_BL)
     if segment < 1:
         raise ValueError(f"segment must be at least 1, got {segment}")
 

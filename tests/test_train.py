@@ -227,6 +227,8 @@ def test_recipe_files(tmp_path: Path) -> None:
     [
         ("stepz = 3", "unknown training fields stepz; known: accumulate, answer_weight, batch"),
         ('steps = "3"', "steps must be int, got '3'"),
+        ("min_lr = nan", "min_lr must be a finite number, got nan"),
+        ("[model]\nrope_base = inf", "rope_base must be a number above 1, got inf"),
         ("[model]\nwidth = 3", "unknown model config fields width; known: architecture, bypass"),
         ('model = "huge"', "unknown preset 'huge'"),
         ('[model]\npreset = "huge"', "unknown preset 'huge'"),
