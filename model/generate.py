@@ -10,6 +10,7 @@ from torch import Tensor
 from hsa_compile.model.graph import GraphDecoder, capturable
 from hsa_compile.model.model import HsaModel
 from hsa_compile.model.prefill import SEGMENT, prefill
+from hsa_compile.model.state import State
 
 
 def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -65,7 +66,9 @@ def generate(
     ids, lengths = _padded(prompt_ids)
     model.check_ids(ids)  # here they still are on the host
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    logits, state = prefill(model, ids.to(device), segment, lengths, offload=offload)
+    logits, prompted = prefill(model, ids.to(device), segment, lengths, offload=offload)
+    state: State | None = prompted
+    del prompted  # a memory that grows leaves its old place to nobody
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
     decoder: GraphDecoder | None = None
@@ -78,11 +81,11 @@ def generate(
         yield token.masked_fill(ended, -1)
         if count + 1 == max_new_tokens:
             return
-        if graphs and decoder is None and capturable(model, state):
-            decoder = GraphDecoder(model, state)
+        if graphs and state is not None and capturable(model, state):
+            decoder, state = GraphDecoder(model, state), None
         if decoder is not None:
             logits = decoder.step(token[:, None])[:, -1]
-        else:
+        elif state is not None:
             step_logits, state = model.step(token[:, None], state)
             logits = step_logits[:, -1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import statistics
 import time
@@ -110,6 +111,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     config, device = variant(base, name), world.device
     if device.type == "cuda":
+        gc.collect()  # what was measured before
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     trainer = Trainer(config, length, batch, world)
