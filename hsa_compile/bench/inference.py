@@ -86,7 +86,7 @@ def prefill_rows(
         left, last = seconds / len(_KINDS), (0, 0.0)
         for L in sorted(lengths):
             growth = (L / last[0]) ** (2 if kind == "full" else 1) if last[0] else 0.0
-            if last[1] * growth * 2 > left:  # once to warm up, once measured
+            if last[1] * growth > left:
                 log.warning("no time left for a %s prefill of %d tokens", kind, L)
                 break
             began = time.perf_counter()
