@@ -40,13 +40,18 @@ class FullAttention:
     ) -> None:
         self.R, self.L, self.ragged = carried, length, ragged
         self.cos, self.sin = rotations(carried + length, config.swa_head_dim, config.rope_base, device)
-        i = torch.arange(carried, carried + length, device=device)[:, None]
-        mask = i >= torch.arange(carried + length, device=device)
-        self.mask = own_keys(mask, carried, ragged, starts_BL)
+        plain = ragged is None and starts_BL is None
+        # Kernels know causality by themselves, and then do half the work; a single token sees everything.
+        self.causal = plain and not carried and length > 1
+        self.mask: Tensor | None = None
+        if not self.causal and not (plain and length == 1):
+            i = torch.arange(carried, carried + length, device=device)[:, None]
+            mask = i >= torch.arange(carried + length, device=device)
+            self.mask = own_keys(mask, carried, ragged, starts_BL)
 
     def attend(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
         q = rotate(q_BLHD, self.cos[self.R :], self.sin[self.R :])
-        return attend(q, rotate(k_BTHD, self.cos, self.sin), v_BTHD, self.mask)
+        return attend(q, rotate(k_BTHD, self.cos, self.sin), v_BTHD, self.mask, self.causal)
 
     def kept(self, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor]:
         """All of them."""
@@ -99,7 +104,8 @@ class NsaLayer(MemoryReader):
             leave = c.window if c.leave_window else 0
             sizes = (c.hsa_kv_heads, c.chunk_size, self.top_k, leave)
             indices, _ = chunk_select(q_r, memory.landmark.detach(), position_B, chunks_B, *sizes)
-        return self.out(joint_attention(q, memory.k, memory.v, indices, c.chunk_size).flatten(2))
+        k, v, indices = memory.chosen(indices, c.chunk_size)
+        return self.out(joint_attention(q, k, v, indices, c.chunk_size).flatten(2))
 
 
 def joint_attention(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, indices_BLHK: Tensor, chunk_size: int) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hsa_compile.model.host import put_rows
+
 
 @torch.library.custom_op("hsa::cache_write", mutates_args=())
 def cache_write(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
@@ -37,7 +39,6 @@ def write_rows(cache: Tensor, update: Tensor, start_B: Tensor) -> Tensor:
     """
     if torch.compiler.is_exporting():
         return torch.ops.hsa.cache_write(cache, update, start_B)
-    if n := update.shape[1]:
-        start = int(start_B[0])
-        cache[:, start : start + n] = update
+    if update.shape[1]:
+        put_rows(cache, start_B[:1], update)
     return cache

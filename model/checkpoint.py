@@ -29,15 +29,25 @@ class CheckpointError(ValueError):
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Lets ``write`` fill a temporary file beside ``path`` and then renames it: readers see all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
+    write_together({path: write})
+
+
+def write_together(writes: dict[Path, Callable[[Path], None]]) -> None:
+    """``write_atomically`` of several files, none of which gets its name before all are written."""
+    temporary: dict[Path, Path] = {}
     try:
-        write(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        for path, write in writes.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+            os.close(handle)
+            temporary[path] = Path(name)
+            write(temporary[path])
+            os.chmod(name, 0o644)
+        for path, written in temporary.items():
+            os.replace(written, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        for written in temporary.values():
+            written.unlink(missing_ok=True)
         raise
 
 
@@ -48,6 +58,9 @@ def save_checkpoint(model: HsaModel, directory: str | Path, training: dict[str, 
         model: its weights are saved as they are, in their dtype.
         directory: made if missing; a checkpoint in it is replaced.
         training: JSON data kept beside the model's config: how it was trained.
+
+    Raises:
+        CheckpointError: it could not be written, for one because the disk is full. What was there is untouched.
     """
     directory = Path(directory)
     weights = {name: x.detach().contiguous().cpu() for name, x in model.state_dict().items()}
@@ -57,8 +70,16 @@ def save_checkpoint(model: HsaModel, directory: str | Path, training: dict[str, 
         "format": FORMAT, "version": VERSION, "model_type": MODEL_TYPE, "architectures": [ARCHITECTURE],
         "model": model.config.to_dict(), "training": training or {},
     }  # fmt: skip
-    write_atomically(directory / WEIGHTS_NAME, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    write_atomically(directory / CONFIG_NAME, lambda path: write_text(path, json.dumps(about, indent=2) + "\n"))
+    writes: dict[Path, Callable[[Path], None]] = {
+        directory / WEIGHTS_NAME: lambda path: save_file(weights, path, metadata={"format": "pt"}),
+        directory / CONFIG_NAME: lambda path: write_text(path, json.dumps(about, indent=2) + "\n"),
+    }
+    try:
+        write_together(writes)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not save the checkpoint in {directory}: {error}; make room and try again"
+        ) from None
     return directory
 
 

@@ -116,7 +116,7 @@ class ModelConfig:
             raise ConfigError(f"rank_decay is of softmax weights; these are {self.weights}")
         if not isinstance(self.selection_noise, int | float) or not 0 <= self.selection_noise < float("inf"):
             raise ConfigError(f"selection_noise must be a number of at least 0, got {self.selection_noise!r}")
-        if not isinstance(self.rope_base, int | float) or self.rope_base <= 1:
+        if not isinstance(self.rope_base, int | float) or not 1 < self.rope_base < float("inf"):
             raise ConfigError(f"rope_base must be a number above 1, got {self.rope_base!r}")
         if self.upper_layers % self.n_groups:
             raise ConfigError(f"upper_layers ({self.upper_layers}) must be a multiple of n_groups ({self.n_groups})")

@@ -22,6 +22,10 @@ class Memory(NamedTuple):
     v: Tensor
     landmark: Tensor
 
+    def chosen(self, indices_BLHK: Tensor, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values to attend to where these chunks are selected, and the indices into them: all there are."""
+        return self.k, self.v, indices_BLHK
+
 
 class EncoderLayer(nn.Module):
     """Pre-norm bidirectional layer; positions count from the chunk's first token."""

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from hsa_compile.model.graph import GraphDecoder, capturable
 from hsa_compile.model.model import HsaModel
 from hsa_compile.model.prefill import SEGMENT, prefill
+from hsa_compile.model.state import State
 
 
 def sample(logits_BV: Tensor, temperature: float, top_p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -37,6 +39,8 @@ def generate(
     seed: int | None = None,
     stop_ids: Sequence[int] = (),
     segment: int = SEGMENT,
+    offload: bool = False,
+    graphs: bool = False,
 ) -> Iterator[Tensor]:
     """Continues prompts, token by token.
 
@@ -48,20 +52,26 @@ def generate(
         seed: makes the draws repeatable.
         stop_ids: tokens that end a text; they and what would come after them are given as -1.
         segment: tokens a prefill segment.
+        offload: keep the chunk memory in the host's, where contexts outgrow the GPU; the same tokens.
+        graphs: decode from CUDA graphs as soon as windows are full: faster from the second chunk of tokens on.
 
     Yields:
         int64 [B], the next token of every prompt, as soon as it is known; ends when every text has.
 
     Raises:
-        ValueError: a prompt is empty or an option is out of range.
+        ValueError: a prompt is empty or has ids outside the vocabulary, or an option is out of range.
         ConfigError: the architecture demands prompts of one length.
     """
     device = model.embedding.weight.device
     ids, lengths = _padded(prompt_ids)
+    model.check_ids(ids)  # here they still are on the host
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    logits, state = prefill(model, ids.to(device), segment, lengths)
+    logits, prompted = prefill(model, ids.to(device), segment, lengths, offload=offload)
+    state: State | None = prompted
+    del prompted  # a memory that grows leaves its old place to nobody
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=device)
+    decoder: GraphDecoder | None = None
     for count in range(max_new_tokens):
         token = sample(logits, temperature, top_p, generator)
         if len(stop_ids):
@@ -69,7 +79,13 @@ def generate(
             if ended.all():
                 return
         yield token.masked_fill(ended, -1)
-        if count + 1 < max_new_tokens:
+        if count + 1 == max_new_tokens:
+            return
+        if graphs and state is not None and capturable(model, state):
+            decoder, state = GraphDecoder(model, state), None
+        if decoder is not None:
+            logits = decoder.step(token[:, None])[:, -1]
+        elif state is not None:
             step_logits, state = model.step(token[:, None], state)
             logits = step_logits[:, -1]
 

@@ -133,7 +133,8 @@ class HsaLayer(MemoryReader):
         c = self.config
         indices, scores = self.select(x_BLd, memory, position_B, chunks_B, self.top_k)
         weights = self.weigh(indices, scores)
-        few = self.dense_escape and 0 < memory.k.shape[1] <= self.top_k * c.chunk_size
+        k, v, indices = memory.chosen(indices, c.chunk_size)
+        few = self.dense_escape and 0 < k.shape[1] <= self.top_k * c.chunk_size
         attend = dense_chunk_attention if few else chunk_attention
-        o = attend(self.queries(x_BLd), memory.k, memory.v, indices, weights, c.chunk_size, c.off_by_one)
+        o = attend(self.queries(x_BLd), k, v, indices, weights, c.chunk_size, c.off_by_one)
         return self.out(o.flatten(2))

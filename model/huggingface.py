@@ -89,13 +89,18 @@ class HsaCache(Cache):
 
     Rows may be repeated and reordered, as beam search does; tokens cannot be taken back.
 
+    Args:
+        offload: keep the chunk memory in the host's, where contexts outgrow the GPU; give such a cache to ``generate``
+            as ``past_key_values``.
+
     Attributes:
         state: None before the first token.
         length: columns seen, padding included, which is what transformers count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, offload: bool = False) -> None:
         super().__init__(layers=[])
+        self.offload = offload
         self.reset()
 
     def reset(self) -> None:
@@ -269,11 +274,12 @@ class HsaForCausalLM(PreTrainedModel, GenerationMixin):
         if mask_BL is not None:
             ids_BL, lengths = _left(ids_BL, mask_BL), mask_BL.sum(1).tolist()
         if keep == 1:
-            last, cache.state = prefill(self.model, ids_BL, lengths=lengths, state=cache.state)
+            last, cache.state = prefill(self.model, ids_BL, lengths=lengths, state=cache.state, offload=cache.offload)
             logits = last[:, None]
         else:
-            state = self.model.start(ids_BL.shape[0]) if cache.state is None else cache.state
-            logits, cache.state = self.model.step(ids_BL, state, lengths)
+            if cache.state is None:
+                cache.state = self.model.start(ids_BL.shape[0], offload=cache.offload)
+            logits, cache.state = self.model.step(ids_BL, cache.state, lengths)
             logits = logits[:, -keep:] if mask_BL is None else _in_place(logits, mask_BL, keep)
         cache.length += ids_BL.shape[1]
         return logits

@@ -56,12 +56,17 @@ def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention [B, L, H, D], H a multiple of the key heads; ``mask`` is true where a key is visible."""
+def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Softmax attention [B, L, H, D], H a multiple of the key heads; ``mask`` is true where a key is visible.
+
+    Args:
+        causal: in place of a mask, where queries and keys are of the same tokens; not for export.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q_BLHD, k_BTHD, v_BTHD))
     if not torch.compiler.is_exporting():
         grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return o.transpose(1, 2)
     # Exported graphs take plain products, which every runtime computes for empty batches as well.
     q = q.unflatten(1, (k.shape[1], -1))
     scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(q.shape[-1])
@@ -145,13 +150,17 @@ class SlidingWindow:
         """The last W - 1 tokens."""
         if self.ragged is not None:
             return self.ragged.last(k_BTHD, self.R, self.W - 1), self.ragged.last(v_BTHD, self.R, self.W - 1)
-        first = torch.sym_max(k_BTHD.shape[1] - (self.W - 1), 0)
-        return k_BTHD[:, first:].contiguous(), v_BTHD[:, first:].contiguous()
+        return last_tokens(k_BTHD, self.W - 1), last_tokens(v_BTHD, self.W - 1)
 
     def _with_previous(self, x_BTHD: Tensor, tail: int) -> Tensor:
         """[B, N, 2W, H, D]: every block of W tokens after the block before it."""
         x = F.pad(x_BTHD, (0, 0, 0, 0, self.W - self.R, tail))
         return torch.cat((x[:, : -self.W].unflatten(1, (-1, self.W)), x[:, self.W :].unflatten(1, (-1, self.W))), dim=2)
+
+
+def last_tokens(x_BTHD: Tensor, count: int) -> Tensor:
+    """The last ``count`` tokens, or all of fewer, in memory of their own."""
+    return x_BTHD[:, torch.sym_max(x_BTHD.shape[1] - count, 0) :].contiguous()
 
 
 def own_keys(

@@ -4,10 +4,15 @@ Shape letters: B batch, L tokens, Q tokens of a chunk of the scan, n such chunks
 head, N state a channel, c = H*P + 2*N channels of the convolution, X tokens that it sees.
 
 The recurrence, a head: ``h_t = exp(dt_t * A) * h_{t-1} + dt_t * x_t ⊗ b_t`` and ``y_t = h_t · c_t + D * x_t``, with
-x, b and c from a short causal convolution. Plain PyTorch, O(L); this form is the reference for any kernel.
+x, b and c from a short causal convolution. Plain PyTorch, O(L), is the reference; where a GPU computes in half
+precision and fla-core is installed, its kernels scan.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,8 +86,42 @@ def scan(
     return y.flatten(1, 2)[:, :L], h
 
 
+def fla_scan(
+    x_BLHP: Tensor, a_BLH: Tensor, b_BLN: Tensor, c_BLN: Tensor, h_BHPN: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``scan`` by fla-core: linear attention with a scalar decay a head, whose products are of ``dtype``; the decays
+    and the state that is passed on are float32."""
+    chunk_simple_gla = _simple_gla()
+    assert chunk_simple_gla is not None
+
+    def of_heads(t_BLN: Tensor) -> Tensor:
+        return t_BLN.to(dtype).unsqueeze(2).expand(-1, -1, x_BLHP.shape[2], -1)
+
+    y, h_BHNP = chunk_simple_gla(
+        of_heads(c_BLN), of_heads(b_BLN), x_BLHP.to(dtype), a_BLH.float(), scale=1.0,
+        initial_state=h_BHPN.float().transpose(-1, -2).contiguous(), output_final_state=True,
+    )  # fmt: skip
+    return y.to(x_BLHP.dtype), h_BHNP.transpose(-1, -2).to(h_BHPN.dtype)
+
+
+@functools.cache
+def _simple_gla() -> Callable[..., Any] | None:
+    """fla-core's linear attention with a scalar decay, where it is installed."""
+    try:
+        from fla.ops.simple_gla import chunk_simple_gla
+    except ImportError:
+        return None
+    return chunk_simple_gla
+
+
+def has_kernel(x: Tensor, length: int) -> bool:
+    """Whether fla's kernels scan what was projected to ``x``: half precision on a GPU, a chunk of tokens or more."""
+    half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
+    return half and length >= SCAN_CHUNK and _simple_gla() is not None
+
+
 class Mamba2(nn.Module):
-    """The mixer: projections, convolution, scan, gated norm, projection back. Scans in float32 at least."""
+    """The mixer: projections, convolution, scan, gated norm, projection back. Decays are float32 at least."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -114,7 +153,10 @@ class Mamba2(nn.Module):
         if span.ragged is not None:
             step = step.masked_fill(span.ragged.padding(L, step.device)[..., None], 0.0)
         a = -step * self.log_decay.to(wide).exp()
-        y, ssm = scan(x * step[..., None], a, b, c, ssm_BHPN, span.starts)
+        if span.starts is None and has_kernel(z, L):
+            y, ssm = fla_scan(x * step[..., None], a, b, c, ssm_BHPN, z.dtype)
+        else:
+            y, ssm = scan(x * step[..., None], a, b, c, ssm_BHPN, span.starts)
         y = (y + self.skip.to(wide)[:, None] * x).flatten(2).to(x_BLd.dtype)
         return self.out(self.norm(y * F.silu(z))), conv, ssm
 

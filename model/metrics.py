@@ -14,40 +14,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hsa_compile.model.checkpoint import write_atomically, write_text
+from hsa_compile.model.checkpoint import CheckpointError, write_atomically, write_text
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.encoder import Memory
 from hsa_compile.model.hsa import HsaLayer
 from hsa_compile.model.model import HsaModel
+
+COUNTED = ("hsa", "swa", "attention")
 
 
 @functools.cache
 def forward_flops(config: ModelConfig, length: int) -> int:
     """Floating-point operations of matrix products in the forward of one sample, a multiply-add counting as two.
 
-    Attention counts what is visible: a window's keys, the chunks selected. Selection scores every visible chunk.
+    Attention counts what is visible: a window's keys, all tokens before, the chunks selected. Selection scores every
+    visible chunk.
 
     Raises:
-        ConfigError: the architecture is not ``hsa``.
+        ConfigError: the architecture is none of ``COUNTED``.
     """
-    config.require("counting operations", ("hsa",))
-    c, (select, attention) = config, config.problems(training=True)
+    config.require("counting operations", COUNTED)
+    c, d = config, config.d_model
+    layer = d * (2 * c.swa_heads + 2 * c.swa_kv_heads) * c.swa_head_dim + 3 * d * c.mlp_dim
+    window = length if c.architecture == "attention" else c.window
+    keys = sum(min(t + 1, window) for t in range(length))
+    attended = 2 * c.swa_heads * c.swa_head_dim * keys
+    memory = _memory_products(c, length, layer) if c.has_memory else 0
+    head = length * d * c.vocab_size
+    return 2 * ((c.lower_layers + c.upper_layers) * (length * layer + attended) + memory + head)
+
+
+def _memory_products(c: ModelConfig, length: int, layer: int) -> int:
+    """Multiply-adds of the chunk encoder and of all retrievals with their HSA sub-layers."""
+    select, attention = c.problems(training=True)
     d, C = c.d_model, length // c.chunk_size
-    mlp = 3 * d * c.mlp_dim
-    swa = d * (2 * c.swa_heads + 2 * c.swa_kv_heads) * c.swa_head_dim + mlp
-    keys = sum(min(t + 1, c.window) for t in range(length))
-    window = 2 * c.swa_heads * c.swa_head_dim * keys
-    layers = c.lower_layers + c.upper_layers
     encoder_tokens = C * (c.chunk_size + 1)
-    encoder = c.encoder_layers * encoder_tokens * (swa + 2 * c.swa_heads * c.swa_head_dim * (c.chunk_size + 1))
+    encoder = c.encoder_layers * encoder_tokens * (layer + 2 * c.swa_heads * c.swa_head_dim * (c.chunk_size + 1))
     retrieval = c.retrieval_heads * c.retrieval_dim
-    memory = C * d * retrieval + C * c.chunk_size * d * 2 * c.hsa_kv_heads * c.hsa_head_dim
+    projected = C * d * retrieval + C * c.chunk_size * d * 2 * c.hsa_kv_heads * c.hsa_head_dim
     visible = [min(C, max(0, (t - select.visible_lag) // c.chunk_size)) for t in range(length)]
     chosen = sum(min(chunks, attention.top_k) for chunks in visible)
-    hsa = length * (d * retrieval + 2 * d * c.hsa_heads * c.hsa_head_dim + mlp)
+    hsa = length * (d * retrieval + 2 * d * c.hsa_heads * c.hsa_head_dim + 3 * d * c.mlp_dim)
     hsa += retrieval * sum(visible) + 2 * c.hsa_heads * c.hsa_head_dim * c.chunk_size * chosen
-    head = length * d * c.vocab_size
-    return 2 * (layers * (length * swa + window) + encoder + memory + c.n_groups * hsa + head)
+    return encoder + projected + c.n_groups * hsa
 
 
 def training_flops(config: ModelConfig, length: int) -> int:
@@ -138,9 +147,19 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
+        """Adds a line.
+
+        Raises:
+            CheckpointError: it could not be written, for one because the disk is full.
+        """
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise CheckpointError(
+                f"could not write {self._file.name}: {error.strerror}; make room, then resume"
+            ) from None
 
     def close(self) -> None:
         self._file.close()

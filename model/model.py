@@ -21,6 +21,8 @@ from hsa_compile.model.baselines import FullAttention, MeanPooledMemory, NsaLaye
 from hsa_compile.model.cache import write_rows
 from hsa_compile.model.config import WITH_MAMBA, ConfigError, ModelConfig
 from hsa_compile.model.encoder import ChunkEncoder, Memory
+from hsa_compile.model.flash import FlashWindow, fits
+from hsa_compile.model.host import HostMemory, put_rows
 from hsa_compile.model.hsa import HsaLayer
 from hsa_compile.model.landmark import LandmarkAttention
 from hsa_compile.model.layers import SlidingWindow, Span, SwaLayer, rms_norm
@@ -99,8 +101,32 @@ class HsaModel(nn.Module):
             if ragged is not None or starts_BL is not None:
                 raise ConfigError("landmark attention takes whole rows of one length: no ragged batch, no packed rows")
             return LandmarkAttention(c, carried, length, device, self.training)
-        kind = FullAttention if c.architecture == "attention" else SlidingWindow
-        return kind(c, carried, length, device, ragged, starts_BL)
+        if c.architecture == "attention":
+            return FullAttention(c, carried, length, device, ragged, starts_BL)
+        if ragged is None and starts_BL is None and fits(c, device, self._computed_in(device)):
+            return FlashWindow(c, carried, length, device)
+        return SlidingWindow(c, carried, length, device, ragged, starts_BL)
+
+    def _computed_in(self, device: torch.device) -> torch.dtype:
+        """The dtype of queries and keys: the weights', or that of autocast."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.embedding.weight.dtype
+
+    def check_ids(self, ids_BL: Tensor) -> None:
+        """Refuses what are no tokens of this model. On a GPU values are not looked at: that would stop the stream.
+
+        Raises:
+            ValueError: the shape is not [B, L >= 1], or an id is outside the vocabulary.
+        """
+        if ids_BL.dim() != 2 or ids_BL.shape[1] < 1:
+            raise ValueError(f"ids must be [B, L >= 1], got {list(ids_BL.shape)}; give at least one token")
+        if ids_BL.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"ids must be int64, got {ids_BL.dtype}")
+        if ids_BL.device.type == "cpu" and ids_BL.numel() and not torch.compiler.is_compiling():
+            low, high = (int(end) for end in ids_BL.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"ids must lie in 0 … {self.config.vocab_size - 1}, found {low} … {high}")
 
     def embed(self, ids_BL: Tensor, span: Span | MambaSpan) -> Tensor:
         x = self.embedding(ids_BL)
@@ -122,9 +148,10 @@ class HsaModel(nn.Module):
                 starts (``rows.starts_of``). Every document gets the logits that it has alone.
 
         Raises:
-            ValueError: the document starts are not that.
+            ValueError: the document starts are not that, or the ids are no tokens (``check_ids``).
             ConfigError: the architecture takes no packed documents.
         """
+        self.check_ids(ids_BL)
         B, L = ids_BL.shape
         S, C = self.config.chunk_size, L // self.config.chunk_size
         span = self.span(0, L, None, starts_BL)
@@ -151,13 +178,19 @@ class HsaModel(nn.Module):
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
-    def start(self, batch: int = 1, capacity: int = 16) -> State:
-        """The state before the first token of ``batch`` texts, with room for ``capacity`` chunks (it grows)."""
+    def start(self, batch: int = 1, capacity: int = 16, offload: bool = False) -> State:
+        """The state before the first token of ``batch`` texts, with room for ``capacity`` chunks (it grows).
+
+        Args:
+            offload: keep the chunks' keys and values in the host's memory, their landmarks on the device.
+        """
         weight = self.embedding.weight
-        return State.empty(self.config, batch, max(1, capacity), weight.dtype, weight.device)
+        return State.empty(self.config, batch, max(1, capacity), weight.dtype, weight.device, offload)
 
     @torch.no_grad()
-    def step(self, ids_BL: Tensor, state: State, lengths: Sequence[int] | None = None) -> tuple[Tensor, State]:
+    def step(
+        self, ids_BL: Tensor, state: State, lengths: Sequence[int] | None = None, last: bool = False
+    ) -> tuple[Tensor, State]:
         """Logits [B, L, V] of the next L tokens and the state after them; the same numbers as one ``forward``.
 
         The memory of ``state`` is reused: continue from the state that is returned.
@@ -167,13 +200,15 @@ class HsaModel(nn.Module):
             state: of the same B texts.
             lengths: how many of the L tokens each row takes, from the left, 0 … L; the logits of the others mean
                 nothing. By default all.
+            last: logits after the last token alone, [B, 1, V]: of long segments, those of all are gigabytes.
 
         Raises:
-            ValueError: the segment is empty, or its batch or the lengths are not the state's.
+            ValueError: the ids are no tokens (``check_ids``), or their batch or the lengths are not the state's.
             ConfigError: the architecture demands rows of one length.
         """
+        self.check_ids(ids_BL)
         B, L = state.position.shape[0], ids_BL.shape[-1]
-        if ids_BL.dim() != 2 or L < 1 or ids_BL.shape[0] != B:
+        if ids_BL.shape[0] != B:
             raise ValueError(f"ids must be [B={B}, L >= 1] like the state, got {list(ids_BL.shape)}")
         ragged = None
         if lengths is not None or state.ragged:
@@ -182,8 +217,10 @@ class HsaModel(nn.Module):
                 raise ValueError(f"lengths must be {B} numbers from 0 to {L}, got {list(taken)}")
             ragged = Ragged(tuple(state.position.tolist()), taken)
         state = self._with_room(state, L, ragged)
-        result = self.step_tensors(ids_BL, *state.tensors(), ragged=ragged)
-        return result[0], State(*result[1:], ragged=ragged is not None and len(set(ragged.after)) > 1)
+        at = torch.tensor([L - 1], device=ids_BL.device) if last and L > 1 else None
+        result = self.step_tensors(ids_BL, *state.tensors(), logits_at=at, ragged=ragged, offloaded=state.offloaded)
+        uneven = ragged is not None and len(set(ragged.after)) > 1
+        return result[0], State(*result[1:], ragged=uneven, offloaded=state.offloaded)
 
     def _with_room(self, state: State, length: int, ragged: Ragged | None) -> State:
         if self.encoder is None:
@@ -208,6 +245,7 @@ class HsaModel(nn.Module):
         landmark: Tensor,
         logits_at: Tensor | None = None,
         ragged: Ragged | None = None,
+        offloaded: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
         """``step`` on bare tensors, for export: what is computed depends on shapes and never on values.
 
@@ -217,13 +255,15 @@ class HsaModel(nn.Module):
         Args:
             logits_at: int64 [wanted], the tokens of the segment after which logits are given; None gives all L.
             ragged: where rows are not alike; not for export.
+            offloaded: keys and values of the memory lie in the host's; not for export.
 
         Returns:
             Logits [B, L or wanted, V] and the state after the segment, in the order of the arguments.
         """
         rings = Rings(swa_k, swa_v, self.span(swa_k[0].shape[1], ids_BL.shape[1], ragged))
         x = self.lower_half(ids_BL, rings)
-        memory, chunks, pending = Memory(mem_k, mem_v, landmark), chunks_B, pending_Brd
+        memory: Memory = (HostMemory if offloaded else Memory)(mem_k, mem_v, landmark)
+        chunks, pending = chunks_B, pending_Brd
         if self.encoder is not None:
             memory, chunks, pending = self.remember(x, memory, chunks_B, pending_Brd, ragged)
         x = self.upper_half(x, rings, memory, position_B, chunks)
@@ -258,11 +298,12 @@ class HsaModel(nn.Module):
             return self._remember_ragged(joined, memory, chunks_B, pending_Brd.shape[1], ragged)
         n = joined.shape[1] // S
         pending = joined[:, n * S :].contiguous()
+        if not torch.compiler.is_exporting() and not n:
+            return memory, chunks_B, pending
         new: Memory = self.encoder(joined[:, : n * S].unflatten(1, (n, S)))  # type: ignore[misc]
-        mem_k = write_rows(memory.k, new.k, chunks_B * S)
-        mem_v = write_rows(memory.v, new.v, chunks_B * S)
-        landmark = write_rows(memory.landmark, new.landmark, chunks_B)
-        return Memory(mem_k, mem_v, landmark), chunks_B + new.landmark.shape[1], pending
+        places = (chunks_B * S, chunks_B * S, chunks_B)
+        written = type(memory)(*(write_rows(x, y, place) for x, y, place in zip(memory, new, places)))
+        return written, chunks_B + new.landmark.shape[1], pending
 
     def _remember_ragged(
         self, joined: Tensor, memory: Memory, chunks_B: Tensor, carried: int, ragged: Ragged
@@ -275,9 +316,8 @@ class HsaModel(nn.Module):
         if most := max(completed):
             new: Memory = self.encoder(take(joined, begin, most * S).unflatten(1, (most, S)))  # type: ignore[misc]
             for b, (first, n) in enumerate(zip(done, completed)):
-                memory.k[b, first * S : (first + n) * S] = new.k[b, : n * S]
-                memory.v[b, first * S : (first + n) * S] = new.v[b, : n * S]
-                memory.landmark[b, first : first + n] = new.landmark[b, :n]
+                for x, y, tokens in zip(memory, new, (S, S, 1)):
+                    put_rows(x[b : b + 1], first * tokens, y[b : b + 1, : n * tokens])
         size = max(p % S for p in ragged.after)
         end = [first + n * S + p % S for first, n, p in zip(begin, completed, ragged.after)]
         pending = take(joined, [place - size for place in end], size)

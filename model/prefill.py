@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hsa_compile.model.config import ConfigError, ModelConfig
 from hsa_compile.model.encoder import Memory
+from hsa_compile.model.host import put_rows
 from hsa_compile.model.model import HsaModel, Rings
 from hsa_compile.model.state import State
 
@@ -31,6 +32,7 @@ def prefill(
     segment: int = SEGMENT,
     lengths: Sequence[int] | None = None,
     state: State | None = None,
+    offload: bool = False,
 ) -> tuple[Tensor, State]:
     """Runs prompts through the model in segments.
 
@@ -39,6 +41,7 @@ def prefill(
         segment: tokens a step.
         lengths: tokens of each prompt, 1 … L; by default all have L.
         state: what the prompts go on from, by default nothing; its memory is reused.
+        offload: keep the chunk memory in the host's (``HsaModel.start``), where there is no state yet.
 
     Returns:
         Logits [B, V] after each prompt's last token, and the state.
@@ -46,18 +49,18 @@ def prefill(
     Raises:
         ValueError: a prompt is empty, or the segment length is not positive.
     """
-    _check(ids_BL, segment)
+    _check(model, ids_BL, segment)
     B, L = ids_BL.shape
     if lengths is not None and (len(lengths) != B or not all(1 <= n <= L for n in lengths)):
         raise ValueError(f"prompts must have 1 to {L} tokens each, got lengths {list(lengths)} for {B} rows")
     ragged = lengths is not None and min(lengths) < L
     if state is None:
-        state = model.start(B, capacity=L // model.config.chunk_size + 1)
+        state = model.start(B, L // model.config.chunk_size + 1, offload)
     last = torch.empty(0)
     for first in range(0, L, segment):
         part = ids_BL[:, first : first + segment]
         if not ragged or lengths is None:
-            logits, state = model.step(part, state)
+            logits, state = model.step(part, state, last=True)
             last = logits[:, -1]
             continue
         taken = [min(max(n - first, 0), part.shape[1]) for n in lengths]
@@ -79,8 +82,13 @@ def lower_reach(config: ModelConfig) -> int:
 
 
 @torch.no_grad()
-def short_prefill(model: HsaModel, ids_BL: Tensor, segment: int = SEGMENT) -> tuple[Tensor, State]:
+def short_prefill(
+    model: HsaModel, ids_BL: Tensor, segment: int = SEGMENT, offload: bool = False
+) -> tuple[Tensor, State]:
     """``prefill`` with the upper half, and so the selection, on the last ``upper_reach`` tokens alone.
+
+    Args:
+        offload: keep the chunk memory in the host's.
 
     Returns:
         Logits [B, V] after the last token, and the state; the same numbers as those of ``prefill``.
@@ -89,16 +97,15 @@ def short_prefill(model: HsaModel, ids_BL: Tensor, segment: int = SEGMENT) -> tu
         ValueError: a prompt is empty, or the segment length is not positive.
         ConfigError: the architecture's layers reach back without bound.
     """
-    _check(ids_BL, segment)
+    _check(model, ids_BL, segment)
     _check_windows(model, "a short prefill")
     B, L = ids_BL.shape
-    state = model.start(B, capacity=L // model.config.chunk_size + 1)
+    state = model.start(B, L // model.config.chunk_size + 1, offload)
     lower, tail = _LowerHalf(model, ids_BL, segment), state.pending
     for x in lower:
         tail = torch.cat((tail, x), dim=1)[:, -upper_reach(model.config) :]
         if model.encoder is not None:
-            memory = Memory(state.mem_k, state.mem_v, state.landmark)
-            _, chunks, pending = model.remember(x, memory, state.chunks, state.pending)
+            _, chunks, pending = model.remember(x, state.memory, state.chunks, state.pending)
             state = replace(state, chunks=chunks, pending=pending)
     return _finish(model, tail, lower, replace(state, position=state.position + L))
 
@@ -122,7 +129,7 @@ def patch(
         ValueError: the range is empty or outside the text, or the text is not as long as what the state has seen.
         ConfigError: the architecture's layers reach back without bound.
     """
-    _check(ids_BL, segment)
+    _check(model, ids_BL, segment)
     _check_windows(model, "patching")
     c, L = model.config, ids_BL.shape[1]
     if state.ragged or state.position.tolist() != [L] * ids_BL.shape[0]:
@@ -134,9 +141,8 @@ def patch(
     if model.encoder is not None and first < last:
         hidden, _ = _hidden(model, ids_BL[:, : last * S], first * S, segment)
         new: Memory = model.encoder(hidden.unflatten(1, (last - first, S)))
-        for rows, encoded in zip((state.mem_k, state.mem_v), new[:2]):
-            rows[:, first * S : last * S] = encoded
-        state.landmark[:, first:last] = new.landmark
+        for rows, encoded, tokens in zip(state.memory, new, (S, S, 1)):
+            put_rows(rows, first * tokens, encoded)
     needed = max(upper_reach(c), L % S)
     tail, lower = _hidden(model, ids_BL, max(0, L - needed), segment)
     if model.encoder is not None:
@@ -144,9 +150,8 @@ def patch(
     return _finish(model, tail[:, -upper_reach(c) :], lower, state)
 
 
-def _check(ids_BL: Tensor, segment: int) -> None:
-    if ids_BL.dim() != 2 or ids_BL.shape[1] < 1:
-        raise ValueError(f"prompts must be [B, L >= 1], got {list(ids_BL.shape)}; give at least one token")
+def _check(model: HsaModel, ids_BL: Tensor, segment: int) -> None:
+    model.check_ids(ids_BL)
     if segment < 1:
         raise ValueError(f"segment must be at least 1, got {segment}")
 
@@ -189,7 +194,6 @@ def _finish(model: HsaModel, tail_BLd: Tensor, lower: _LowerHalf, state: State) 
     n, L = model.config.lower_layers, tail_BLd.shape[1]
     empty = model.start(tail_BLd.shape[0])
     rings = Rings(empty.swa_k[n:], empty.swa_v[n:], model.span(0, L))
-    memory = Memory(state.mem_k, state.mem_v, state.landmark)
-    x = model.upper_half(tail_BLd, rings, memory, state.position - L, state.chunks)
+    x = model.upper_half(tail_BLd, rings, state.memory, state.position - L, state.chunks)
     logits = model.logits(x[:, -1:], rings.span)[:, 0]
     return logits, replace(state, swa_k=[*lower.k, *rings.new_k], swa_v=[*lower.v, *rings.new_v])

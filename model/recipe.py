@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,8 @@ class TrainConfig:
             value, allowed = getattr(self, x.name), _TYPES[str(x.type)]
             if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
                 raise ConfigError(f"{x.name} must be {x.type}, got {value!r}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{x.name} must be a finite number, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; ``from_dict`` is its inverse."""

@@ -24,7 +24,7 @@ from hsa_compile.model.checkpoint import CheckpointError, save_checkpoint
 from hsa_compile.model.config import ConfigError
 from hsa_compile.model.evaluate import text_loss
 from hsa_compile.model.hsa import HsaLayer
-from hsa_compile.model.metrics import MetricsFile, matmul_rate, training_flops, watch_selections
+from hsa_compile.model.metrics import COUNTED, MetricsFile, matmul_rate, training_flops, watch_selections
 from hsa_compile.model.model import HsaModel, sequence_loss
 from hsa_compile.model.optimizer import learning_rate, make_optimizer
 from hsa_compile.model.parallel import World, join_world, shard, whole_model
@@ -198,7 +198,7 @@ class _Run:
         self.losses.append(total)
         self.step += 1
         self.tokens += ids.numel()
-        if c.model.architecture == "hsa":  # operations are counted of no other
+        if c.model.architecture in COUNTED:
             self.flops += ids.shape[0] * training_flops(c.model, ids.shape[1])
         self.seconds += time.perf_counter() - started
         record: dict[str, Any] = {"step": self.step, "loss": total}

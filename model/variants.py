@@ -54,16 +54,19 @@ def parameter_count(config: ModelConfig) -> int:
         return HsaModel(config).parameter_count()
 
 
-def with_parameters(config: ModelConfig, wanted: int) -> ModelConfig:
+def with_parameters(config: ModelConfig, wanted: int, multiple: int = 1) -> ModelConfig:
     """``config`` with the ``mlp_dim`` that brings its number of parameters nearest to ``wanted``.
 
     The number is linear in ``mlp_dim``; what is left is at most half of the parameters that one more unit brings.
+
+    Args:
+        multiple: of what ``mlp_dim`` is to be: GPUs multiply matrices of odd widths at a fraction of their rate.
 
     Raises:
         ConfigError: even without MLPs there are more parameters.
     """
     one, two = (parameter_count(replace(config, mlp_dim=n)) for n in (1, 2))
-    mlp_dim = round((wanted - one) / (two - one)) + 1
+    mlp_dim = round(((wanted - one) / (two - one) + 1) / multiple) * multiple
     if mlp_dim < 1:
         raise ConfigError(f"{config.architecture} has at least {one:,} parameters of this width, more than {wanted:,}")
     return replace(config, mlp_dim=mlp_dim)

@@ -168,6 +168,15 @@ def test_beams_with_a_cache_are_those_without(model: HsaForCausalLM, side: str) 
     assert not torch.equal(cached[::2], greedy)  # the beams found something that greed does not
 
 
+def test_a_cache_in_host_memory_gives_the_same_tokens(model: HsaForCausalLM) -> None:
+    inputs, options = padded(prompts(), "left"), {"max_new_tokens": 10, "num_beams": 2, "do_sample": False}
+    cache = HsaCache(offload=True)
+    got = model.generate(**inputs, **options, past_key_values=cache)
+    assert cache.state is not None
+    assert cache.state.offloaded
+    assert torch.equal(got, model.generate(**inputs, **options))
+
+
 def test_a_cache_goes_on_with_another_turn(model: HsaForCausalLM) -> None:
     first = model.generate(**padded(prompts(), "left"), max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     cache = copy.deepcopy(first.past_key_values)

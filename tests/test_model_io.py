@@ -130,6 +130,8 @@ def test_sampling_stays_in_the_nucleus() -> None:
     ("prompt", "options", "message"),
     [
         ([], {}, "at least one token"),
+        ([5, 260], {}, "ids must lie in 0 … 259, found 5 … 260"),
+        ([5, -1], {}, "found -1 … 5"),
         ([1], {"segment": 0}, "segment must be at least 1"),
         ([1], {"temperature": -1.0}, "temperature >= 0"),
         ([1], {"top_p": 0.0}, "top_p <= 1"),

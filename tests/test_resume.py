@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import resource
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from hsa_compile.model.checkpoint import CheckpointError, load_checkpoint, read_config
+from hsa_compile.model import checkpoint
+from hsa_compile.model.checkpoint import CheckpointError, load_checkpoint, read_config, save_checkpoint
+from hsa_compile.model.model import HsaModel
 from hsa_compile.model.recipe import TrainConfig
 from hsa_compile.model.resume import saved_recipe, states
 from hsa_compile.model.stream import Batches
@@ -160,15 +165,45 @@ def _edit(path: Path, **changes: object) -> None:
     (path / "state.json").write_text(json.dumps(about | changes))
 
 
-def test_a_full_disk_leaves_the_last_state(recipe: TrainConfig) -> None:
-    _crash(recipe, 5)
+@contextmanager
+def _full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes: the system fails the write as for a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # No file may grow beyond 64 KiB: metrics may, the weights may not. The system fails the write as for a full disk.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"could not save .*File too large; make room.*from step-00000003"):
-            train(recipe, resume=True)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _no_space(path: Path, text: str) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(recipe: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, once = Path(recipe.out), dataclasses.replace(recipe, save_every=0)
+    train(once)
+    good = {name: (out / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    with _full_disk(16384), pytest.raises(CheckpointError, match=r"could not save .*File too large.*; make room"):
+        save_checkpoint(HsaModel(recipe.model), out)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_text", _no_space)  # after the weights were written
+        with pytest.raises(CheckpointError, match=r"could not save .*No space left"):
+            save_checkpoint(HsaModel(recipe.model), out)
+    assert {name: (out / name).read_bytes() for name in good} == good
+    assert not list(out.glob(".*")), "half of a file was left"
+    with _full_disk(300), pytest.raises(CheckpointError, match=r"could not write .*metrics.jsonl: File too large"):
+        train(dataclasses.replace(once, steps=40))
+    assert {name: (out / name).read_bytes() for name in good} == good
+
+
+def test_a_full_disk_leaves_the_last_state(recipe: TrainConfig) -> None:
+    _crash(recipe, 5)
+    # Metrics may grow so far, the weights may not.
+    with (
+        _full_disk(65536),
+        pytest.raises(CheckpointError, match=r"could not save .*File too large; make room.*from step-00000003"),
+    ):
+        train(recipe, resume=True)
     assert [path.name for path in (Path(recipe.out) / "state").iterdir()] == ["step-00000003"]
     assert len(train(recipe, resume=True).losses) == 8

@@ -173,7 +173,15 @@ def test_a_loss_that_is_no_number_stops(recipe: TrainConfig) -> None:
         train(dataclasses.replace(recipe, lr=1e38, warmup=1))
 
 
-@pytest.mark.parametrize("changes", [{}, {"n_groups": 2, "upper_layers": 2, "encoder_layers": 2, "retrieval_heads": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_groups": 2, "upper_layers": 2, "encoder_layers": 2, "retrieval_heads": 1},
+        {"architecture": "swa"},
+        {"architecture": "attention"},
+    ],
+)
 def test_flop_count_is_that_of_the_model(changes: dict[str, Any]) -> None:
     # In one window, PyTorch's counter sees all products but the operators' and counts the masked triangle as well.
     length = 40
@@ -184,7 +192,8 @@ def test_flop_count_is_that_of_the_model(changes: dict[str, Any]) -> None:
     select = 2 * 16 * sum(visible)
     attention = 4 * 2 * 16 * 8 * sum(min(2, chunks) for chunks in visible)
     hidden = 4 * 2 * 16 * (length**2 - length * (length + 1) // 2)
-    others = config.n_groups * (select + attention) - (config.lower_layers + config.upper_layers) * hidden
+    operators = config.n_groups * (select + attention) if config.has_memory else 0
+    others = operators - (config.lower_layers + config.upper_layers) * hidden
     assert forward_flops(config, length) == counter.get_total_flops() + others
 
 
@@ -218,6 +227,8 @@ def test_recipe_files(tmp_path: Path) -> None:
     [
         ("stepz = 3", "unknown training fields stepz; known: accumulate, answer_weight, batch"),
         ('steps = "3"', "steps must be int, got '3'"),
+        ("min_lr = nan", "min_lr must be a finite number, got nan"),
+        ("[model]\nrope_base = inf", "rope_base must be a number above 1, got inf"),
         ("[model]\nwidth = 3", "unknown model config fields width; known: architecture, bypass"),
         ('model = "huge"', "unknown preset 'huge'"),
         ('[model]\npreset = "huge"', "unknown preset 'huge'"),
@@ -243,7 +254,7 @@ def test_recipe_files_that_are_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "known"), [("swa", set()), ("mamba-hsa", {"empty_slots", "selection_entropy"})]
+    ("architecture", "known"), [("mamba", set()), ("swa", {"mfu"}), ("mamba-hsa", {"empty_slots", "selection_entropy"})]
 )
 def test_of_other_architectures_what_is_known_is_recorded(
     recipe: TrainConfig, architecture: Any, known: set[str]

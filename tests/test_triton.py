@@ -133,13 +133,15 @@ def test_on_cpu_tensors_it_runs_only_in_the_interpreter() -> None:
 
 @pytest.fixture
 def _on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Dispatch takes CPU tensors for a GPU's."""
+    """Dispatch takes CPU tensors for a GPU's, and finds no kernels, whatever other tests have built."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
-    dispatch._triton.cache_clear()
-    dispatch._warn_once.cache_clear()
+    monkeypatch.setattr(dispatch, "find", lambda *_: None)
+    remembered = (dispatch._triton, dispatch._warn_once, dispatch._load, dispatch._resolve)
+    for function in remembered:
+        function.cache_clear()
     yield
-    dispatch._triton.cache_clear()
-    dispatch._warn_once.cache_clear()
+    for function in remembered:
+        function.cache_clear()
 
 
 @pytest.mark.usefixtures("_on_a_gpu")

@@ -43,6 +43,44 @@ def bench_models(
         _save(models, rows, output, "e2e")
 
 
+@bench_app.command("model")
+def bench_model(
+    preset: Annotated[str, typer.Option(help="Of the model.")] = "240m",
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    output: Output = Path("runs/bench"),
+    parts: Annotated[list[str] | None, typer.Option("--part", help="train, decode, prefill; default: all.")] = None,
+    train_lengths: Annotated[list[int] | None, typer.Option("--train-length", help="Tokens a sample.")] = None,
+    prefill_lengths: Annotated[list[int] | None, typer.Option("--prefill-length", help="Tokens of context.")] = None,
+    decode_lengths: Annotated[list[int] | None, typer.Option("--decode-length", help="Tokens of context.")] = None,
+    train_tokens: Annotated[int | None, typer.Option(help="Tokens a step and process.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="For all; what does not fit is left out.")] = 600.0,
+    seed: Seed = 0,
+) -> None:
+    """Training, prefill and decode of a preset: rates, share of the matmul rate, memory, latency by length.
+
+    Training is beside sliding windows alone and full attention, of as many parameters. Decode is with the chunk memory
+    on the device and in the host's. Under torchrun, training alone, sharded over the processes.
+    """
+    with friendly():
+        from functools import partial
+
+        from hsa_compile.bench import model
+        from hsa_compile.bench.record import write_suite
+
+        given: dict[str, Any] = {
+            "parts": parts, "train_lengths": train_lengths, "prefill_lengths": prefill_lengths,
+            "decode_lengths": decode_lengths,
+        }  # fmt: skip
+        given = {name: tuple(value) for name, value in given.items() if value} | {"seconds": seconds, "seed": seed}
+        if train_tokens is not None:
+            given["train_tokens"] = train_tokens
+        plan = model.Plan(preset, device, **given)
+        with spinner("measuring") as say:
+            rows, main = model.run(plan, say, partial(write_suite, output / "model.jsonl"))
+        if main:
+            _save(model, rows, output, "model")
+
+
 @bench_app.command("kernels")
 def bench_kernels(
     output: Output = Path("runs/bench"),

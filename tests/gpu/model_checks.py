@@ -1,7 +1,9 @@
-"""Training a model on a GPU through either backend: under autocast, with recomputation, compiled, without waiting."""
+"""A model on a GPU through either backend: training under autocast, with recomputation, compiled, without waiting;
+windows and scans by kernels; decoding from CUDA graphs and with the chunk memory in the host's memory."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
@@ -10,7 +12,13 @@ from torch import Tensor
 
 from hsa_compile import dispatch
 from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.flash import PART, FlashWindow
+from hsa_compile.model.generate import generate
+from hsa_compile.model.graph import GraphDecoder
+from hsa_compile.model.layers import SlidingWindow
+from hsa_compile.model.mamba import SCAN_CHUNK, fla_scan, has_kernel, scan
 from hsa_compile.model.model import HsaModel
+from hsa_compile.model.prefill import prefill
 
 # The kernels are those of the checks "g16-k16" and "dr64".
 CONFIG = ModelConfig(
@@ -70,4 +78,89 @@ def check_compiled_graph() -> None:
     _close(_step(torch.compile(_model()[0], fullgraph=True)), _step(), 3e-2)
 
 
-CHECKS = {"step": check_step, "recomputation": check_recomputation, "torch.compile": check_compiled_graph}
+def check_windows() -> None:
+    """FlashAttention's windows are the masked ones, with their gradients, wherever segment and ring begin."""
+    config, device = dataclasses.replace(CONFIG, swa_heads=4), torch.device("cuda")
+    for ring, length in ((0, 1), (0, 130), (127, 1), (127, 500), (50, 128), (127, PART + 70)):
+        q = torch.randn(2, length, 4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        k, v = (torch.randn(2, ring + length, 2, 64, device=device, dtype=q.dtype, requires_grad=True) for _ in "kv")
+        grad = torch.randn_like(q)
+        got = FlashWindow(config, ring, length, device).attend(q, k, v)
+        wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+        want = SlidingWindow(config, ring, length, device).attend(*wide)
+        pairs = [(got, want)]
+        pairs += zip(torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(want, wide, grad.double()))
+        for name, (a, b) in zip("oqkv", pairs):
+            off = float((a - b).detach().norm() / (b.detach().norm() + 1e-3))
+            assert off <= 1e-2, f"ring {ring}, {length} tokens: {name} off by {off:.2g}"
+
+
+def check_mamba_scan() -> str:
+    """fla-core's scan is the plain one, with its gradients; said where it is not installed."""
+    x = torch.empty(1, dtype=torch.bfloat16, device="cuda")
+    if not has_kernel(x, SCAN_CHUNK):
+        return "(fla-core is not installed)"
+    B, L, H, P, N = 2, 300, 4, 32, 64
+    x, b, c = (torch.randn(B, L, *rest, device="cuda") for rest in ((H, P), (N,), (N,)))
+    a, h = -torch.rand(B, L, H, device="cuda"), torch.randn(B, H, P, N, device="cuda")
+    ours, theirs = ([t.clone().requires_grad_() for t in (x, a, b, c, h)] for _ in range(2))
+    want, got = scan(*ours), fla_scan(*theirs, torch.bfloat16)
+    for (y, last), inputs in ((want, ours), (got, theirs)):
+        (y.float().square().sum() + last.square().sum()).backward()
+        assert all(t.grad is not None for t in inputs)
+    for name, p, q in (("y", got[0], want[0]), ("h", got[1], want[1])):
+        off = float((p - q).norm() / q.norm())
+        assert off <= 2e-2, f"{name} off by {off:.2g}"
+    for name, p, q in zip("xabch", theirs, ours):
+        off = float((p.grad - q.grad).norm() / q.grad.norm())
+        assert off <= 4e-2, f"gradient of {name} off by {off:.2g}"
+    return ""
+
+
+@functools.cache
+def _reader() -> tuple[HsaModel, Tensor]:
+    torch.manual_seed(1)
+    model = HsaModel(CONFIG).cuda().bfloat16().eval()
+    return model, torch.randint(0, CONFIG.vocab_size, (2, 3000), device="cuda")
+
+
+def _tokens(count: int, **options: bool) -> Tensor:
+    model, ids = _reader()
+    return torch.stack(list(generate(model, ids, count, segment=512, **options)))
+
+
+def check_host_memory() -> None:
+    """A chunk memory in the host's gives the tokens of one on the device, and fetching waits for nothing."""
+    assert torch.equal(_tokens(80, offload=True), _tokens(80))
+    model, ids = _reader()
+    _, state = prefill(model, ids, 512, offload=True)
+    before = torch.cuda.memory_allocated()
+    larger = state.with_room(8 * state.capacity)
+    grown = torch.cuda.memory_allocated() - before
+    assert grown <= 2 * larger.landmark.nbytes, f"{grown} bytes of the GPU for a memory of {larger.mem_k.nbytes}"
+    one = ids[:, :1].contiguous()
+    model.step(one, larger)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.step(one, larger)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_graphs() -> None:
+    """Decoding from CUDA graphs gives the same tokens, over several chunks and a memory that grows."""
+    want = _tokens(150)
+    for offload in (False, True):
+        assert torch.equal(_tokens(150, graphs=True, offload=offload), want), f"offload {offload}"
+    model, ids = _reader()
+    decoder = GraphDecoder(model, prefill(model, ids, 512)[1])
+    for _ in range(2 * CONFIG.chunk_size):
+        decoder.step(ids[:, :1])
+    assert len(decoder.graphs) == CONFIG.chunk_size
+
+
+CHECKS = {
+    "step": check_step, "recomputation": check_recomputation, "torch.compile": check_compiled_graph,
+    "windows": check_windows, "mamba scan": check_mamba_scan, "host memory": check_host_memory, "graphs": check_graphs,
+}  # fmt: skip
