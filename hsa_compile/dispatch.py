@@ -4,7 +4,8 @@ CPU kernels are built when they are first needed, in seconds. GPU kernels are us
 (``hsa-compile build``) or are demanded: nvcc takes a minute, Triton serves at once.
 
 Kernels are picked by the length of a segment, from a few buckets, as tuning records say; where PyTorch is asked for
-deterministic algorithms, one kernel serves all lengths.
+deterministic algorithms, one kernel serves all lengths. On GPUs a record may say that a Triton program is the faster
+one, and with which tile.
 
 The NumPy reference is a third path, slow and only on demand: whole models are validated against it.
 """
@@ -25,12 +26,25 @@ from torch import Tensor
 from hsa_compile import eager
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem, ProblemError, reference
 from hsa_compile.native import CudaKernel, Kernel
-from hsa_compile.schedules import BuildError, TargetError, bucket, build, choose, find, gpu_target
+from hsa_compile.schedules import (
+    BuildError,
+    ScheduleError,
+    TargetError,
+    bucket,
+    build,
+    choice,
+    choose,
+    find,
+    gpu_target,
+)
 from hsa_compile.schedules.choice import VARIABLE, Tile
+from hsa_compile.schedules.target import resolve_gpu
+from hsa_compile.schedules.triton import TritonTile
 
 log = logging.getLogger("hsa_compile")
 
 KERNEL_DTYPES = {"cpu": (torch.float32, torch.float16, torch.bfloat16), "cuda": (torch.float16, torch.bfloat16)}
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Backend = Literal["auto", "compiled", "triton", "eager", "reference"]
 _backend: Backend | None = None
 
@@ -80,15 +94,41 @@ def _load(problem: Problem, pass_name: str, target: str, tile: Tile, compile: bo
 
 @functools.cache
 def _resolve(
-    problem: Problem, pass_name: str, target: str, length: int | None, compile: bool, schedule: str | None
-) -> Kernel | CudaKernel | str:
-    """The kernel of a bucket of lengths, None for the one that serves all. ``schedule`` is the variable's value, so
-    that a change of it is seen."""
+    problem: Problem,
+    pass_name: str,
+    target: str,
+    length: int | None,
+    backend: Backend,
+    compile: bool,
+    schedule: str | None,
+) -> Kernel | CudaKernel | TritonTile | str:
+    """What serves a bucket of lengths, None for all of them: a kernel, a tile of the Triton programs, or why there is
+    no kernel. ``schedule`` is the variable's value, so that a change of it is seen."""
+    if not target.startswith("cuda:"):
+        try:
+            return _load(problem, pass_name, target, choose(problem, pass_name, target, length).tile, compile)
+        except TargetError as error:
+            return str(error)
+    # Where one is asked for, its own records count; else those of the fastest, as far as it can be had.
+    wanted: dict[Backend, choice.Backend] = {"compiled": "tilelang", "triton": "triton"}
+    tile = choose(problem, pass_name, target, length, wanted.get(backend)).tile
+    if (
+        isinstance(tile, TritonTile)
+        and backend == "auto"
+        and "tilelang" in choice.backends(problem, resolve_gpu(target))
+    ):
+        if _triton()[0] is not None:
+            return tile
+        tile = choose(problem, pass_name, target, length, "tilelang").tile
+    if isinstance(tile, TritonTile):
+        return tile
+    found = _load(problem, pass_name, target, tile, compile)
+    if not isinstance(found, str) or backend == "compiled":
+        return found
     try:
-        tile = choose(problem, pass_name, target, length).tile
-    except TargetError as error:
-        return str(error)
-    return _load(problem, pass_name, target, tile, compile)
+        return choose(problem, pass_name, target, length, "triton").tile  # type: ignore[return-value]
+    except ScheduleError:  # fields of the other's tile, from the variable
+        return choice.default_tile(problem, pass_name, resolve_gpu(target), length, "triton")  # type: ignore[return-value]
 
 
 @functools.cache
@@ -140,24 +180,25 @@ def _triton_lacks(q: Tensor) -> str:
     return "Triton's interpreter can't multiply bfloat16" if q.dtype == torch.bfloat16 else ""
 
 
-def _plain(function: str, q: Tensor, *arguments: Any) -> Any:
-    """Runs ``function`` where no built kernel does: in Triton on a GPU, or if asked to, else eagerly."""
+def _plain(function: str, q: Tensor, tile: TritonTile | None, *arguments: Any) -> Any:
+    """Runs ``function`` where no built kernel does: in Triton on a GPU, or if asked to, else eagerly. ``tile`` is for
+    Triton; None for the hand-picked one."""
     backend = current_backend()
     if backend == "triton" or (backend == "auto" and q.is_cuda):
         reason = _triton_lacks(q)
         if not reason:
-            return _run_triton(function, arguments, demanded=backend == "triton")
+            return _run_triton(function, arguments, tile, demanded=backend == "triton")
         if backend == "triton":
             raise RuntimeError(reason)
         _warn_once(reason)
     return getattr(eager, function)(*arguments)
 
 
-def _run_triton(function: str, arguments: tuple[Any, ...], demanded: bool) -> Any:
+def _run_triton(function: str, arguments: tuple[Any, ...], tile: TritonTile | None, demanded: bool) -> Any:
     module, _ = _triton()
     assert module is not None
     try:
-        return getattr(module, function)(*arguments)
+        return getattr(module, function)(*arguments, tile)
     except module.OutOfResources as error:  # a chunk and a width that no multiprocessor of this GPU can hold
         if demanded:
             raise
@@ -170,21 +211,23 @@ def _by_definition(function: Callable[..., Any], problem: Problem, inputs: tuple
     return [torch.from_numpy(x) for x in (results if isinstance(results, tuple) else (results,))]
 
 
-def _kernel(problem: Problem, pass_name: str, q: Tensor) -> Kernel | CudaKernel | None:
-    """The built kernel, or None for the other paths. Slots of a row must be countable in 32 bits by a backward."""
+def _kernel(problem: Problem, pass_name: str, q: Tensor) -> Kernel | CudaKernel | TritonTile | None:
+    """The built kernel, a tile for the Triton programs, or None for the other paths and hand-picked tiles. Slots of a
+    row must be countable in 32 bits by a backward."""
     backend = current_backend()
-    if backend in ("eager", "triton"):
+    if backend == "eager" or (backend == "triton" and not q.is_cuda):
         return None
     target = _target(q.device)
-    found: Kernel | CudaKernel | str
-    if not target or q.dtype not in KERNEL_DTYPES[q.device.type]:
+    found: Kernel | CudaKernel | TritonTile | str
+    dtypes = KERNEL_DTYPES[q.device.type] if backend == "compiled" or q.device.type == "cpu" else TRITON_DTYPES
+    if not target or q.dtype not in dtypes:
         found = f"kernels are built for {_served()}, not {q.dtype} on {q.device}"
     elif (slots := q.shape[1] * problem.top_k) >= 2**31:
         found = f"L*K = {slots} does not fit 32 bits"
     else:
         length = None if torch.are_deterministic_algorithms_enabled() else bucket(q.shape[1])
         compile = backend == "compiled" or not q.is_cuda
-        found = _resolve(problem, pass_name, target, length, compile, os.environ.get(VARIABLE))
+        found = _resolve(problem, pass_name, target, length, backend, compile, os.environ.get(VARIABLE))
     if not isinstance(found, str):
         return found
     if backend == "compiled":
@@ -215,10 +258,10 @@ def select(
         return indices, scores.float()
     B, L = q_r.shape[:2]
     kernel = _kernel(problem, "forward", q_r)
-    if kernel is None:
+    if kernel is None or isinstance(kernel, TritonTile):
         p = problem
         options = (p.kv_heads, p.chunk_size, p.top_k, p.visible_lag)
-        return _plain("select", q_r, q_r, landmark, position, chunks, *options)
+        return _plain("select", q_r, kernel, q_r, landmark, position, chunks, *options)
     indices = torch.empty((B, L, problem.kv_heads, problem.top_k), dtype=torch.int32, device=q_r.device)
     scores = torch.empty(indices.shape, device=q_r.device)
     inputs = (q_r, landmark, position, chunks)
@@ -235,8 +278,8 @@ def select_backward(
         return d_q.to(q_r.dtype), d_landmark.to(landmark.dtype)
     B, L = q_r.shape[:2]
     kernel = _kernel(problem, "backward", q_r)
-    if kernel is None:
-        return _plain("select_backward", q_r, grad_scores, q_r, landmark, indices)
+    if kernel is None or isinstance(kernel, TritonTile):
+        return _plain("select_backward", q_r, kernel, grad_scores, q_r, landmark, indices)
     outputs = _empty_like(q_r, landmark)
     inputs = (grad_scores, q_r, landmark, indices)
     kernel((*(x.contiguous() for x in inputs), *outputs), B, L, landmark.shape[1])
@@ -249,8 +292,8 @@ def attention(problem: ChunkAttention, q: Tensor, k: Tensor, v: Tensor, indices:
         return _by_definition(reference.attention, problem, (q, k, v, indices, weights))[0].to(q.dtype)
     B, L = q.shape[:2]
     kernel = _kernel(problem, "forward", q)
-    if kernel is None:
-        return _plain("attention", q, q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
+    if kernel is None or isinstance(kernel, TritonTile):
+        return _plain("attention", q, kernel, q, k, v, indices, weights, problem.chunk_size, problem.off_by_one)
     (o,) = _empty_like(q)
     inputs = (q, k, v, indices, weights)
     kernel((*(x.contiguous() for x in inputs), o), B, L, k.shape[1] // problem.chunk_size)
@@ -266,9 +309,9 @@ def attention_backward(
         return tuple(d.to(x.dtype) for d, x in zip(grads, (q, k, v, weights)))  # type: ignore[return-value]
     B, L = q.shape[:2]
     kernel = _kernel(problem, "backward", q)
-    if kernel is None:
+    if kernel is None or isinstance(kernel, TritonTile):
         options = (problem.chunk_size, problem.off_by_one)
-        return _plain("attention_backward", q, grad_o, q, k, v, indices, weights, *options)
+        return _plain("attention_backward", q, kernel, grad_o, q, k, v, indices, weights, *options)
     outputs = _empty_like(q, k, v, weights)
     inputs = (grad_o, q, k, v, indices, weights)
     kernel((*(x.contiguous() for x in inputs), *outputs), B, L, k.shape[1] // problem.chunk_size)

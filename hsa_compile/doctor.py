@@ -60,7 +60,7 @@ def report() -> tuple[Table, bool]:
     for what, found, use, hint in (*compilers, _target(), _cache()):
         table.add_row(what, found or "–", use, "" if found else escape(hint))
         complete &= bool(found)
-    for what, found, use, hint in (_cuda_compiler(), *_gpus(), _records()):
+    for what, found, use, hint in (_cuda_compiler(), *_gpus(), _records(), *_gpu_records()):
         table.add_row(what, found or "–", use, "" if found else escape(hint))
     return table, complete
 
@@ -116,6 +116,26 @@ def _records() -> tuple[str, str, str, str]:
     stale = f", {len(mine) - current} stale" if len(mine) > current else ""
     found = f"{current} for this machine{stale}; tiny's attention: {choice.origin}, {choice.reason}" if mine else ""
     return "tuning records", found, "faster tiles", hint
+
+
+def _gpu_records() -> Iterator[tuple[str, str, str, str]]:
+    """How many tuning records fit the GPU, where there is one."""
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("pydantic") is None:
+        return
+    import torch
+
+    from hsa_compile.schedules import records
+
+    level = gpu_target(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None
+    if level is None:
+        return
+    mine = [stored.record for stored in records.of_device(level)]
+    current = [record for record in mine if records.current(record, level.name)]
+    kinds = ", ".join(f"{sum(one.backend == name for one in current)} of {name}" for name in ("tilelang", "triton"))
+    stale = f", {len(mine) - len(current)} stale" if len(mine) > len(current) else ""
+    found = f"{len(current)} for this GPU ({kinds}){stale}" if mine else ""
+    hint = "nothing was tuned on this GPU, tiles are the hand-picked ones; hsa-compile tune --target cuda makes records"
+    yield "GPU tuning records", found, "faster tiles", hint
 
 
 def _cache() -> tuple[str, str, str, str]:

@@ -10,7 +10,7 @@ from hsa_compile.ir import Problem
 from hsa_compile.ir.operators import Dtype
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.schedules import Artifact, build, choose
-from hsa_compile.schedules.choice import Tile
+from hsa_compile.schedules.choice import Backend, Tile
 
 
 def required(config: ModelConfig, training: bool, dtype: Dtype = "float32") -> list[tuple[Problem, str]]:
@@ -52,6 +52,8 @@ def build_all(
 
 
 def tiles(problem: Problem, pass_name: str, target: str = "cpu:native") -> list[Tile]:
-    """The different tiles that a pass of a problem is built with, over the buckets of lengths."""
+    """The different tiles that a pass of a problem is built with, over the buckets of lengths: on GPUs also where a
+    record says that Triton is faster, for who demands kernels or has no Triton."""
     buckets = [4**i for i in range(16)]
-    return list(dict.fromkeys(choose(problem, pass_name, target, length).tile for length in buckets))
+    backend: Backend = "tilelang" if target.startswith("cuda:") else "tvm"
+    return list(dict.fromkeys(choose(problem, pass_name, target, length, backend).tile for length in buckets))

@@ -2,6 +2,8 @@
 
 Tensors are on one CUDA device (or on a CPU under Triton's interpreter) in float32, float16 or bfloat16. Nothing waits
 for the device: grids and scratch follow from shapes alone. All results repeat to the bit.
+
+``tile``, the last argument of each, gives the sizes; by default they are the hand-picked ones.
 """
 
 from __future__ import annotations
@@ -23,14 +25,7 @@ from hsa_compile.ir.programs.triton import attention_backward as attention_backw
 from hsa_compile.ir.programs.triton import lists as lists_program
 from hsa_compile.ir.programs.triton import select as select_program
 from hsa_compile.ir.programs.triton import select_backward as select_backward_program
-from hsa_compile.schedules.triton import (
-    ITEM_PAIRS,
-    AttentionTile,
-    attention_tile,
-    power_of_two,
-    select_splits,
-    select_tile,
-)
+from hsa_compile.schedules.triton import Sizes, TritonTile, power_of_two, precision, select_splits, tile_for
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 __all__ = ["DTYPES", "OutOfResources", "attention", "attention_backward", "interpreted", "select", "select_backward"]
@@ -62,8 +57,9 @@ class WorkItems(NamedTuple):
     owners: int
 
 
-def work_items(indices_BLHK: Tensor, C: int) -> WorkItems:
-    """Sorts the filled slots by (row of the batch, head, chunk), stably, and cuts every chunk's list into items."""
+def work_items(indices_BLHK: Tensor, C: int, most_pairs: int) -> WorkItems:
+    """Sorts the filled slots by (row of the batch, head, chunk), stably, and cuts every chunk's list into items of at
+    most ``most_pairs``."""
     B, _, H, _ = indices_BLHK.shape
     owners, slots = B * H * C, indices_BLHK.numel()
     wide = torch.int64 if owners >= 2**31 - 1 else torch.int32
@@ -73,8 +69,8 @@ def work_items(indices_BLHK: Tensor, C: int) -> WorkItems:
     key, pairs = torch.where(listed, indices_BLHK + row, owners).flatten().sort(stable=True)
     start = torch.searchsorted(key, torch.arange(owners + 1, dtype=wide, device=device))
     first = torch.zeros_like(start)
-    torch.cumsum((start.diff() + (ITEM_PAIRS - 1)).div(ITEM_PAIRS, rounding_mode="floor"), 0, out=first[1:])
-    most = min(slots, slots // ITEM_PAIRS + owners)
+    torch.cumsum((start.diff() + (most_pairs - 1)).div(most_pairs, rounding_mode="floor"), 0, out=first[1:])
+    most = min(slots, slots // most_pairs + owners)
     owner = torch.searchsorted(first[1:], torch.arange(most, device=device), right=True)
     return WorkItems(pairs, start, first, owner, owners)
 
@@ -88,6 +84,7 @@ def select(
     chunk_size: int,
     top_k: int,
     visible_lag: int,
+    tile: TritonTile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The K best visible chunks, newest first; a score of NaN is never among them."""
     q_r, landmark = q_r_BLHrDr.contiguous(), landmark_BCHrDr.contiguous()
@@ -98,7 +95,7 @@ def select(
     scores = torch.empty((B, L, kv_heads, top_k), dtype=torch.float32, device=q_r.device)
     if not indices.numel():
         return indices, scores
-    tile = select_tile(problem, L)
+    tile = tile or tile_for(problem, "forward", L)
     splits = select_splits(problem, tile, B, L, C, _processors(q_r.device))
     span = -(-max(C, 1) // (tile.columns * splits))
     partial = (indices, scores)
@@ -107,10 +104,10 @@ def select(
         partial = (torch.empty(shape, dtype=torch.int32, device=q_r.device), torch.empty(shape, device=q_r.device))
     shared = {"HEADS": kv_heads // Hr, "TOP_K": top_k, "K_P": power_of_two(top_k)}
     with _on(q_r):
-        select_program.forward[(triton.cdiv(L, tile.rows) * B * Hr, splits)](
+        select_program.forward[(triton.cdiv(L, tile.tokens) * B * Hr, splits)](
             q_r, landmark, position_B.contiguous(), chunks_B.contiguous(), *partial, L, C, visible_lag, span,
-            problem.scale, HR=Hr, **shared, D=Dr, BLOCK_D=tile.block_d, S=chunk_size, ROWS=tile.rows,
-            COLUMNS=tile.columns, SPLIT=splits > 1, PRECISION=tile.precision, num_warps=tile.warps,
+            problem.scale, HR=Hr, **shared, D=Dr, BLOCK_D=tile.depth, S=chunk_size, ROWS=tile.tokens,
+            COLUMNS=tile.columns, SPLIT=splits > 1, PRECISION=precision(problem.dtype), num_warps=tile.warps,
         )  # fmt: skip
         if splits > 1:
             select_program.merge[(B * L * Hr,)](
@@ -120,7 +117,11 @@ def select(
 
 
 def select_backward(
-    grad_scores_BLHkvK: Tensor, q_r_BLHrDr: Tensor, landmark_BCHrDr: Tensor, indices_BLHkvK: Tensor
+    grad_scores_BLHkvK: Tensor,
+    q_r_BLHrDr: Tensor,
+    landmark_BCHrDr: Tensor,
+    indices_BLHkvK: Tensor,
+    tile: TritonTile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the selected scores to ``q_r`` and ``landmark``."""
     q_r, landmark = q_r_BLHrDr.contiguous(), landmark_BCHrDr.contiguous()
@@ -140,10 +141,11 @@ def select_backward(
         select_backward_program.queries[(triton.cdiv(rows, 16), parts)](
             grad, landmark, indices, d_q, L, C, rows, scale, HR=Hr, D=Dr, TOP_K=K, ROWS=16, BLOCK_D=block_d
         )
-        items = work_items(indices, C)
+        pairs = (tile or TritonTile()).pairs
+        items = work_items(indices, C, pairs)
         part = torch.empty((items.owner.numel(), Dr), device=q_r.device)
         select_backward_program.landmarks[(items.owner.numel(), parts)](
-            grad, q_r, *items[:4], part, items.owners, scale, D=Dr, TOP_K=K, ITEM=ITEM_PAIRS, PAIRS_BLOCK=16,
+            grad, q_r, *items[:4], part, items.owners, scale, D=Dr, TOP_K=K, ITEM=pairs, PAIRS_BLOCK=16,
             BLOCK_D=block_d,
         )  # fmt: skip
         _add_items(part, items, d_landmark, C, 1)
@@ -173,16 +175,16 @@ class _Call:
             "D_P": power_of_two(D, 16), "S": S, "S_P": power_of_two(S, 16), "TOP_K": self.K, "OFF_BY_ONE": off_by_one,
         }  # fmt: skip
 
-    def options(self, tile: AttentionTile) -> dict[str, Any]:
+    def options(self, sizes: Sizes) -> dict[str, Any]:
         return {
-            **self.sizes, "TOKENS": tile.tokens, "PRECISION": tile.precision, "STAGES": tile.stages,
-            "num_warps": tile.warps, "num_stages": tile.stages,
+            **self.sizes, "TOKENS": sizes.tokens, "PRECISION": precision(self.problem.dtype), "STAGES": sizes.stages,
+            "num_warps": sizes.warps, "num_stages": sizes.stages,
         }  # fmt: skip
 
-    def programs(self, tile: AttentionTile) -> int:
+    def programs(self, tile: TritonTile) -> int:
         return self.B * self.H * triton.cdiv(self.L, tile.tokens)
 
-    def lists(self, indices: Tensor, tile: AttentionTile) -> tuple[Tensor, Tensor]:
+    def lists(self, indices: Tensor, tile: TritonTile) -> tuple[Tensor, Tensor]:
         """The chunks of every tile of tokens, and how many they are."""
         n = self.programs(tile)
         lists = torch.empty((n, tile.tokens * self.K), dtype=torch.int32, device=indices.device)
@@ -203,6 +205,7 @@ def attention(
     weights_BLHkvK: Tensor,
     chunk_size: int,
     off_by_one: bool,
+    tile: TritonTile | None = None,
 ) -> Tensor:
     """``hsa_compile.ops.chunk_attention``. A slot of weight 0 adds exactly nothing."""
     call = _Call(q_BLHqD, k_BTHkvD, indices_BLHkvK, chunk_size, off_by_one)
@@ -210,12 +213,12 @@ def attention(
         return torch.zeros_like(q_BLHqD, memory_format=torch.contiguous_format)
     q, k, v, indices, weights = (x.contiguous() for x in (q_BLHqD, k_BTHkvD, v_BTHkvD, indices_BLHkvK, weights_BLHkvK))
     o = torch.empty_like(q)
-    tile = attention_tile(call.problem, "forward")
+    tile = tile or tile_for(call.problem, "forward", call.L)
     with _on(q):
         lists = call.lists(indices, tile)
         attention_program.forward[(call.programs(tile),)](
             q, k, v, indices, weights, *lists, o, call.L, call.C, call.scales[1], K_P=power_of_two(call.K),
-            **call.options(tile),
+            **call.options(tile.queries),
         )  # fmt: skip
     return o
 
@@ -229,6 +232,7 @@ def attention_backward(
     weights_BLHkvK: Tensor,
     chunk_size: int,
     off_by_one: bool,
+    tile: TritonTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to q, k, v and the weights."""
     inputs = (grad_o_BLHqD, q_BLHqD, k_BTHkvD, v_BTHkvD, indices_BLHkvK, weights_BLHkvK)
@@ -238,18 +242,17 @@ def attention_backward(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(weights)
     d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     d_w = torch.zeros_like(weights)  # empty slots are never visited
+    tile = tile or tile_for(call.problem, "backward", call.L)
     with _on(q):
-        tile = attention_tile(call.problem, "queries")
         attention_backward_program.queries[(call.programs(tile),)](
             grad_o, q, k, v, indices, weights, *call.lists(indices, tile), d_q, call.L, call.C, *call.scales,
-            K_P=power_of_two(call.K), **call.options(tile),
+            K_P=power_of_two(call.K), **call.options(tile.queries),
         )  # fmt: skip
-        tile = attention_tile(call.problem, "memory")
-        items = work_items(indices, call.C)
+        items = work_items(indices, call.C, tile.pairs)
         parts = torch.empty((2, items.owner.numel(), chunk_size, q.shape[3]), device=q.device)
         attention_backward_program.memory[(items.owner.numel(),)](
-            grad_o, q, k, v, weights, *items[:4], *parts, d_w, call.C, items.owners, *call.scales, ITEM=ITEM_PAIRS,
-            **call.options(tile),
+            grad_o, q, k, v, weights, *items[:4], *parts, d_w, call.C, items.owners, *call.scales, ITEM=tile.pairs,
+            **call.options(tile.memory),
         )  # fmt: skip
         _add_items(parts[0], items, d_k, call.C, chunk_size)
         _add_items(parts[1], items, d_v, call.C, chunk_size)

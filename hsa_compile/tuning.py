@@ -7,22 +7,27 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from hsa_compile.ir import Problem, ProblemError, problem_from_dict
+from hsa_compile.ir.operators import Dtype
 from hsa_compile.model.config import ConfigError, ModelConfig, preset
-from hsa_compile.schedules import BuildError, choose, records, resolve
+from hsa_compile.schedules import BuildError, TargetError, choose, gpu_target, records
 from hsa_compile.schedules.builder import PASSES
 from hsa_compile.schedules.candidates import Clock, CpuLaboratory, Job, Laboratory
-from hsa_compile.schedules.choice import Choice, Tile
+from hsa_compile.schedules.choice import Choice, Tile, backend_of
 from hsa_compile.schedules.costs import Workload
 from hsa_compile.schedules.device import device_for
 from hsa_compile.schedules.space import space_for
-from hsa_compile.schedules.tuner import Outcome, Search, best_so_far, job_flops, journal_for, record_of
+from hsa_compile.schedules.target import GPU_TARGETS, GpuTarget, resolve_any
+from hsa_compile.schedules.together import search_together
+from hsa_compile.schedules.tuner import Outcome, Search, best_so_far, job_flops, journal_for, records_of
 
 LENGTHS = (256, 1024, 4096)
 LEAST_CONTEXT = 4096  # tokens of memory that short segments, such as a decode's, are timed over
+GPU_TOKENS, GPU_ROWS = 32768, 64  # that fill a GPU: tokens of all rows of the batch, and the most rows
 Say = Callable[[float, str], None]
 
 
@@ -48,18 +53,50 @@ def parse_problems(text: str) -> list[Problem]:
     return found
 
 
-def problems_of(config: ModelConfig) -> list[Problem]:
+def problems_for(problem: str | None, model: str, target: str) -> list[Problem]:
+    """The problems given (see ``parse_problems``), else those of a model (see ``config_of``): in float32, on a GPU in
+    bfloat16."""
+    if problem:
+        return parse_problems(problem)
+    return problems_of(config_of(model), "bfloat16" if target.startswith("cuda") else "float32")
+
+
+def problems_of(config: ModelConfig, dtype: Dtype = "float32") -> list[Problem]:
     """What a model's operators pose, at inference and while training."""
-    return list(dict.fromkeys([*config.problems(), *config.problems(training=True)]))
+    return list(dict.fromkeys([*config.problems(dtype=dtype), *config.problems(training=True, dtype=dtype)]))
+
+
+def full_target(name: str) -> str:
+    """``cuda`` is the target of this machine's GPU, or the best known where there is none; other names are as they are.
+
+    Raises:
+        TargetError: the GPU is too old.
+    """
+    if name != "cuda":
+        return name
+    import torch
+
+    if not torch.cuda.is_available():
+        return GPU_TARGETS[0].name
+    found = gpu_target(torch.cuda.get_device_capability())
+    if found is None:
+        raise TargetError(f"{torch.cuda.get_device_name()} is too old: kernels need compute capability 8.0")
+    return found.name
 
 
 def jobs_for(
-    problems: Sequence[Problem], lengths: Sequence[int], passes: Sequence[str], target: str, context: int | None = None
+    problems: Sequence[Problem],
+    lengths: Sequence[int],
+    passes: Sequence[str],
+    target: str,
+    context: int | None = None,
+    batch: int | None = None,
 ) -> list[Job]:
     """A job for every problem, pass and length that has anything to choose.
 
     Args:
         context: tokens of memory; default: as long as the segment, at least 4096.
+        batch: rows; default: one, on a GPU as many as fill it.
 
     Raises:
         ConfigError: a length or the context makes no sense.
@@ -67,8 +104,16 @@ def jobs_for(
     """
     if bad := [length for length in (*lengths, *([context] if context is not None else [])) if length < 1]:
         raise ConfigError(f"lengths are at least 1, got {bad[0]}")
+    if batch is not None and batch < 1:
+        raise ConfigError(f"a batch has at least 1 row, got {batch}")
+    target = full_target(target)
+    gpu = isinstance(resolve_any(target), GpuTarget)
+
+    def rows(L: int) -> int:
+        return batch or (max(1, min(GPU_ROWS, GPU_TOKENS // L)) if gpu else 1)
+
     return [
-        Job(problem, name, target, Workload(1, L, max(1, max(L, context or LEAST_CONTEXT) // problem.chunk_size)))
+        Job(problem, name, target, Workload(rows(L), L, max(1, max(L, context or LEAST_CONTEXT) // problem.chunk_size)))
         for problem in problems
         for L in lengths
         for name in passes
@@ -79,7 +124,8 @@ def jobs_for(
 def tune(
     jobs: Sequence[Job], seconds: float, strategy: str, say: Say, clock: Clock | None = None, out: Path | None = None
 ) -> Iterator[tuple[Outcome, Path]]:
-    """Searches for each job in turn, an equal share of the time each; writes and yields each record as it is found.
+    """Searches for each job in turn, an equal share of the time each, on a GPU for all at once; writes and yields each
+    record as it is found.
 
     Raises:
         BuildError: there is nothing to tune, or no compiler.
@@ -87,9 +133,44 @@ def tune(
     """
     if not jobs:
         raise BuildError("there is nothing to tune: the programs of these problems and passes have no choices")
+    if isinstance(resolve_any(jobs[0].target), GpuTarget):
+        yield from tune_gpu(jobs, seconds, strategy, say, out)
+        return
     with CpuLaboratory(jobs[0].target, clock) as lab:
         for number, job in enumerate(jobs):
             yield tune_one(job, lab, seconds / len(jobs), strategy, _share(say, number, len(jobs), job), out)
+
+
+def tune_gpu(
+    jobs: Sequence[Job], seconds: float, strategy: str, say: Say, out: Path | None = None, lab: Any = None
+) -> Iterator[tuple[Outcome, Path]]:
+    """As ``tune``, of jobs on this machine's GPU; ``lab`` is for tests.
+
+    Raises:
+        BuildError: a job's hand-picked tile does not work, or the time was too short for it; the others are done.
+    """
+    from hsa_compile.gpu_laboratory import GpuLaboratory
+
+    failures = []
+    with lab or GpuLaboratory(jobs[0].target) as lab:
+        searches = [Search(job, lab, journal_for(job, lab), strategy) for job in jobs]
+        for found in search_together(searches, lab, seconds, say):
+            if isinstance(found, Outcome):
+                yield found, save(found, out)
+            else:
+                failures.append(str(found))
+    if failures:
+        raise BuildError("; ".join(failures))
+
+
+def save(outcome: Outcome, out: Path | None = None) -> Path:
+    """Writes the records of a search; returns their file.
+
+    Raises:
+        RecordError: it can't be written.
+    """
+    level = resolve_any(outcome.job.target)
+    return records.save(records_of(outcome), device_for(level.name), level.name, out)
 
 
 def _share(say: Say, number: int, count: int, job: Job) -> Say:
@@ -102,14 +183,14 @@ def tune_one(
 ) -> tuple[Outcome, Path]:
     """One search; returns what it found and the file that its record went to."""
     outcome = Search(job, lab, journal_for(job, lab), strategy).run(seconds, say)
-    target = resolve(job.target).name
-    return outcome, records.save([record_of(outcome)], device_for(target), target, out)
+    return outcome, save(outcome, out)
 
 
-def searched(tile: Tile, problem: Problem, pass_name: str, length: int | None) -> str:
+def searched(tile: Tile, problem: Problem, pass_name: str, target: str, length: int | None) -> str:
     """A tile's fields that a program hangs on for segments of a length, None for any, in a few words."""
-    fields = space_for(problem, pass_name, "cpu:native", length).in_use(tile) or {"lanes": getattr(tile, "lanes", 0)}
-    return ", ".join(f"{name} {value}" for name, value in fields.items())
+    fields = space_for(problem, pass_name, target, length).in_use(tile) or {"lanes": getattr(tile, "lanes", 0)}
+    backend = f"{backend_of(tile)}: " if target.startswith("cuda") else ""
+    return backend + ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
@@ -119,20 +200,35 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
         out.add_column(name)
     for name in ("ms", "spread", "GFLOP/s", "of matmul", "default ms", "faster", "tried"):
         out.add_column(name, justify="right")
+    if gpu := any(o.resources for o in outcomes):
+        for name in ("registers", "spilled", "shared KiB"):
+            out.add_column(name, justify="right")
     for o in outcomes:
         flops, best = job_flops(o.job), o.best
         failed = f" ({sum(o.failed.values())} failed)" if o.failed else ""
         out.add_row(
             short_name(o.job.problem), o.job.pass_name, str(o.job.load.L),
-            searched(best.tile, o.job.problem, o.job.pass_name, o.job.load.L), f"{best.ms:.3g}",
+            searched(best.tile, o.job.problem, o.job.pass_name, o.job.target, o.job.load.L), f"{best.ms:.3g}",
             f"{min(best.runs):.3g} – {max(best.runs):.3g}", f"{flops / best.ms / 1e6:.1f}",
             f"{flops / best.ms * 1e3 / o.matmul_flops:.0%}", f"{o.default_ms:.3g}", f"{o.default_ms / best.ms:.2f}×",
-            f"{len(o.trials)} of {o.space_size}{failed}",
+            f"{len(o.trials)} of {o.space_size}{failed}", *(_resources(o) if gpu else ()),
         )  # fmt: skip
     return out
 
 
+def _resources(outcome: Outcome) -> tuple[str, str, str]:
+    """Of the winner: registers of a thread, spilled bytes, shared memory."""
+    taken = outcome.resources.get(outcome.best.tile)
+    if not taken:
+        return "–", "–", "–"
+    return str(taken["registers"]), str(taken["spill_bytes"]), f"{taken['shared_bytes'] / 1024:.0f}"
+
+
 def _caption(outcomes: Sequence[Outcome]) -> str:
+    if outcomes[0].clock == "device":
+        rate = f"matmul: {outcomes[0].matmul_flops / 1e12:.0f} TFLOP/s at first"
+        after = [o.rate_after for o in outcomes if o.rate_after]
+        return f"{rate}, {min(after) / 1e12:.0f} to {max(after) / 1e12:.0f} after the final rounds" if after else rate
     matmul = f"matmul, one core's rate times the threads: {outcomes[0].matmul_flops / 1e9:.0f} GFLOP/s"
     if outcomes[0].clock == "wall":
         return matmul
@@ -171,8 +267,9 @@ def explain(problems: Sequence[Problem], lengths: Sequence[int], target: str) ->
         TargetError: the target is unknown.
         ScheduleError: ``$HSA_COMPILE_SCHEDULE`` makes no sense.
     """
-    level = resolve(target)
-    out = Table(title=f"{level.name} on {device_for(level.name).name}")
+    level = resolve_any(full_target(target))
+    target = level.name
+    out = Table(title=f"{level.name} on {device_for(level.name).name or 'no GPU'}")
     for name in ("problem", "pass", "L", "tile", "from", "why"):
         out.add_column(name, overflow="fold")
     seen: dict[str, str] = {}
@@ -182,7 +279,7 @@ def explain(problems: Sequence[Problem], lengths: Sequence[int], target: str) ->
             for length in (*lengths, None):
                 found = choose(problem, name, target, length)
                 shown = "any" if length is None else str(length)
-                tile = searched(found.tile, problem, name, length)
+                tile = searched(found.tile, problem, name, target, length)
                 rows.setdefault((tile, found.origin, found.reason), []).append(shown)
                 seen |= _passed_over(found)
             for row, shown_lengths in rows.items():
@@ -199,7 +296,7 @@ def _passed_over(found: Choice) -> Iterator[tuple[str, str]]:
     for stored, reason in found.passed_over:
         record = stored.record
         name = f"{short_name(record.parsed_problem)} {record.pass_name}, L >= {record.length}, {stored.shelf.path.name}"
-        if not reason.startswith((records.LONGER, "record of")):
+        if not reason.startswith(records.LONGER) and "record of L" not in reason:
             yield name, reason
 
 
@@ -214,7 +311,8 @@ def records_table(shelf: records.Shelf) -> Table:
         m = record.measured
         state = "current" if records.current(record, shelf.target) else "stale"
         table.add_row(
-            short_name(record.parsed_problem), record.pass_name, str(record.length), _fields(record), f"{m.ms:.3g}",
+            short_name(record.parsed_problem), record.pass_name, str(record.length), _fields(record, shelf.target),
+            f"{m.ms:.3g}",
             f"{m.gflops:.1f}", f"{m.gflops / m.matmul_gflops:.0%}", f"{m.default_ms / m.ms:.2f}×", m.date[:10], state,
         )  # fmt: skip
     return table
@@ -242,12 +340,9 @@ def changes(old: Path, new: Path) -> Table:
     return table
 
 
-def _cell(record: records.Record) -> str:
-    return f"{record.measured.ms:.3g} ms: {_fields(record)}"
-
-
-def _fields(record: records.Record) -> str:
-    return ", ".join(f"{name} {value}" for name, value in record.tile.items())
+def _fields(record: records.Record, target: str) -> str:
+    tile = record.tile_for(resolve_any(target))
+    return searched(tile, record.parsed_problem, record.pass_name, target, record.length)
 
 
 def config_of(model: str) -> ModelConfig:

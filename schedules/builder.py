@@ -27,14 +27,13 @@ import platformdirs
 
 import hsa_compile
 from hsa_compile.ir import Problem, problem_from_dict
-from hsa_compile.schedules.choice import Tile, choose
+from hsa_compile.schedules.choice import COMPILED_DTYPES, Backend, Tile, choose
 from hsa_compile.schedules.target import resolve_any
 from hsa_compile.schedules.worker import Worker, WorkerError
 
 log = logging.getLogger("hsa_compile")
 
 PASSES = ("forward", "backward")
-GPU_DTYPES = ("float16", "bfloat16")
 MANIFEST = "manifest.json"
 NOT_INSTALLED = "not installed"
 WORKER_SECONDS = 600
@@ -123,8 +122,11 @@ def _version(package: str) -> str | None:
         return None
 
 
-def compiler_versions(target: str) -> dict[str, str]:
-    """Versions of what decides how fast a target's code is, by package."""
+def compiler_versions(target: str, backend: str = "") -> dict[str, str]:
+    """Versions of what decides how fast a target's code is, by package; ``backend`` is "triton" or one that is compiled
+    ahead."""
+    if backend == "triton":
+        return {"triton": _version("triton") or NOT_INSTALLED}
     if target.startswith("cuda:"):
         return {"tilelang": gpu_compiler_version() or NOT_INSTALLED}
     return {"apache-tvm": compiler_version() or NOT_INSTALLED}
@@ -164,16 +166,17 @@ def build_request(
         ScheduleError: ``$HSA_COMPILE_SCHEDULE`` makes no sense.
         TargetError: the target is unknown.
     """
-    if target.startswith("cuda:") and problem.dtype not in GPU_DTYPES:
-        raise BuildError(f"GPU kernels are {' or '.join(GPU_DTYPES)}; {problem.dtype} runs on the Triton path")
+    if target.startswith("cuda:") and problem.dtype not in COMPILED_DTYPES:
+        raise BuildError(f"GPU kernels are {' or '.join(COMPILED_DTYPES)}; {problem.dtype} runs on the Triton path")
     if pass_name not in PASSES:
         raise ValueError(f"pass must be one of {PASSES}, got {pass_name!r}")
     level = resolve_any(target)
+    backend: Backend = "tilelang" if target.startswith("cuda:") else "tvm"
     return {
         "problem": problem.to_dict(),
         "pass": pass_name,
         "target": level.name,
-        "tile": dataclasses.asdict(tile or choose(problem, pass_name, level.name, length).tile),
+        "tile": dataclasses.asdict(tile or choose(problem, pass_name, level.name, length, backend).tile),
         "sources": _sources_digest(),
         "versions": {"hsa-compile": hsa_compile.__version__, **compiler_versions(level.name)},
     }

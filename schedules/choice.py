@@ -10,19 +10,24 @@ import json
 import logging
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hsa_compile.ir import Problem
 from hsa_compile.ir.programs import CpuTile, GpuTile
-from hsa_compile.schedules import cpu, gpu
+from hsa_compile.schedules import cpu, gpu, triton
 from hsa_compile.schedules.target import CpuTarget, GpuTarget, resolve_any
+from hsa_compile.schedules.triton import TritonTile
 
 if TYPE_CHECKING:
     from hsa_compile.schedules.records import Stored
 
 log = logging.getLogger("hsa_compile")
 
-Tile = CpuTile | GpuTile
+Tile = CpuTile | GpuTile | TritonTile
+Backend = Literal["tvm", "tilelang", "triton"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+TILES: dict[Backend, type[Tile]] = {"tvm": CpuTile, "tilelang": GpuTile, "triton": TritonTile}
+COMPILED_DTYPES = ("float16", "bfloat16")  # of the TileLang programs; Triton serves float32 too
 VARIABLE = "HSA_COMPILE_SCHEDULE"
 
 
@@ -54,20 +59,50 @@ def bucket(length: int) -> int:
     return 1 << (length.bit_length() - 1) // 2 * 2 if length > 0 else 0
 
 
-def default_tile(problem: Problem, pass_name: str, level: CpuTarget | GpuTarget, length: int | None = None) -> Tile:
-    """The hand-picked tile; on GPUs for segments of about ``length`` tokens, for long ones where it is None."""
-    if isinstance(level, GpuTarget):
-        return gpu.tile_for(problem, pass_name, level, length)
-    return cpu.tile_for(problem, level)
+def backend_of(tile: Tile) -> Backend:
+    """Whose programs a tile is for."""
+    return next(name for name, kind in TILES.items() if isinstance(tile, kind))
 
 
-def tile_from_dict(fields: dict[str, Any], target: CpuTarget | GpuTarget) -> Tile:
+def backends(problem: Problem, level: CpuTarget | GpuTarget) -> tuple[Backend, ...]:
+    """Those that have a program of a problem on a target, the one that is taken where nothing is known first."""
+    if isinstance(level, CpuTarget):
+        return ("tvm",)
+    return ("tilelang", "triton") if problem.dtype in COMPILED_DTYPES else ("triton",)
+
+
+def default_tile(
+    problem: Problem,
+    pass_name: str,
+    level: CpuTarget | GpuTarget,
+    length: int | None = None,
+    backend: Backend | None = None,
+) -> Tile:
+    """The hand-picked tile; on GPUs for segments of about ``length`` tokens, for long ones where it is None.
+
+    Args:
+        backend: whose program; the first of ``backends`` where it is None.
+    """
+    if isinstance(level, CpuTarget):
+        return cpu.tile_for(problem, level)
+    if (backend or backends(problem, level)[0]) == "triton":
+        return triton.tile_for(problem, pass_name, length)
+    return gpu.tile_for(problem, pass_name, level, length)
+
+
+def tile_from_dict(fields: dict[str, Any], target: CpuTarget | GpuTarget, backend: str | None = None) -> Tile:
     """A target's tile from plain data.
 
+    Args:
+        backend: "triton" for a tile of those programs, "" or None for one of the programs that are compiled ahead.
+
     Raises:
-        ValueError: a field is missing, unknown, or has a value that no tile can have.
+        ValueError: a field is missing, unknown, or has a value that no tile can have; the target has no such backend.
     """
-    kind = GpuTile if isinstance(target, GpuTarget) else CpuTile
+    compiled: Backend = "tilelang" if isinstance(target, GpuTarget) else "tvm"
+    if (backend or compiled) not in (compiled, *(["triton"] if compiled == "tilelang" else [])):
+        raise ValueError(f"{target.name} has no programs in {backend}")
+    kind = TILES[backend or compiled]  # type: ignore[index]
     known = {field.name: field for field in dataclasses.fields(kind)}
     if unknown := sorted(set(fields) - set(known)):
         raise ValueError(f"a tile has no field {', '.join(unknown)}; known: {', '.join(known)}")
@@ -81,7 +116,11 @@ def tile_from_dict(fields: dict[str, Any], target: CpuTarget | GpuTarget) -> Til
 
 
 def choose(
-    problem: Problem, pass_name: str = "forward", target: str = "cpu:native", length: int | None = None
+    problem: Problem,
+    pass_name: str = "forward",
+    target: str = "cpu:native",
+    length: int | None = None,
+    backend: Backend | None = None,
 ) -> Choice:
     """The tile that ``build`` takes where none is given.
 
@@ -91,6 +130,7 @@ def choose(
     Args:
         length: tokens of a segment; the record of its bucket is taken, else of the nearest smaller bucket, else the
             default. None: the record of the longest bucket, for kernels that serve every length.
+        backend: choose among this one's tiles; None: the fastest of all, by the records.
 
     Raises:
         ScheduleError: the variable makes no sense.
@@ -98,7 +138,7 @@ def choose(
     """
     level = resolve_any(target)
     asked = os.environ.get(VARIABLE) or "tuned"
-    default = default_tile(problem, pass_name, level, None if asked == "default" else length)
+    default = default_tile(problem, pass_name, level, None if asked == "default" else length, backend)
     if asked == "default":
         return Choice(default, "default", f"{VARIABLE}=default asks for the hand-picked tile")
     if asked != "tuned":
@@ -110,7 +150,7 @@ def choose(
             raise
         _say(logging.INFO, "pydantic is not installed: tuning records are not read, tiles are the hand-picked ones")
         return Choice(default, "default", "records can't be read without pydantic (the extra hsa-compile[compile])")
-    found, passed_over = records.find(problem, pass_name, level, length)
+    found, passed_over = records.find(problem, pass_name, level, length, backend)
     if found:
         record = found.record
         return Choice(record.tile_for(level), "record", records.describe(found), found, tuple(passed_over))
@@ -125,7 +165,7 @@ def _overridden(default: Tile, text: str, level: CpuTarget | GpuTarget) -> Tile:
         fields = json.loads(text)
         if not isinstance(fields, dict):
             raise ValueError("not an object")
-        return tile_from_dict({**dataclasses.asdict(default), **fields}, level)
+        return tile_from_dict({**dataclasses.asdict(default), **fields}, level, backend_of(default))
     except ValueError as error:
         known = ", ".join(field.name for field in dataclasses.fields(default))
         raise ScheduleError(

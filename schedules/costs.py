@@ -55,6 +55,12 @@ def seen_chunks(problem: ChunkSelect, load: Workload) -> float:
     return load.C / 2
 
 
+def union_chunks(tokens: int, top_k: int, seen: float) -> float:
+    """Distinct chunks that neighbours select: they share a draw, and some slots are drawn anew."""
+    draws = top_k * (math.ceil(tokens / SHARED_TOKENS) + REDRAWN * (tokens - 1))
+    return max(1.0, seen * (1 - math.exp(-draws / max(1.0, seen))))
+
+
 def accumulators_fit(tile: CpuTile, registers: int) -> bool:
     """Accumulators, a row of the right operand and a broadcast element must fit the register file."""
     return tile.row_block * tile.vector_block + tile.vector_block + 1 <= registers
@@ -135,9 +141,7 @@ def _attention_cycles(lay: AttentionLayout, pass_name: str, load: Workload, mach
     backward = pass_name == "backward"
     width, keys, G = lay.width, lay.keys, p.groups
     tokens = min(tile.tokens, load.L)
-    # Distinct chunks of a tile: neighbours share a draw, some slots are drawn anew.
-    draws = p.top_k * (math.ceil(tokens / SHARED_TOKENS) + REDRAWN * tokens)
-    union = max(1.0, load.C * (1 - math.exp(-draws / max(1, load.C))))
+    union = union_chunks(tokens, p.top_k, load.C)
     pairs = tokens * min(p.top_k, load.C) / union  # tokens that share a chunk
     batch = min(float(lay.pairs), pairs)
     batches = max(1.0, pairs / batch)

@@ -6,7 +6,6 @@ import functools
 import os
 import platform
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,10 +52,14 @@ def device_for(target: str) -> Device:
     """The device of this machine that a target's kernels run on."""
     if not target.startswith("cuda:"):
         return _cpu()
-    torch = sys.modules.get("torch")  # a GPU is asked for its name only where it is in use
-    if torch is None or not torch.cuda.is_available():
+    try:
+        import torch
+    except ModuleNotFoundError:
         return Device("")
-    return Device(torch.cuda.get_device_name())
+    if not torch.cuda.is_available():
+        return Device("")
+    major, minor = torch.cuda.get_device_capability()
+    return Device(torch.cuda.get_device_name(), (f"compute capability {major}.{minor}",))
 
 
 def cache_bytes(level: int, default: int) -> int:

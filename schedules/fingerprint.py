@@ -26,11 +26,16 @@ _MODULES = {
 
 
 @functools.cache
-def program_digest(op: str, pass_name: str, target: str) -> str:
-    """Twelve hex digits of the program that computes an operator's pass on a target's class of machines."""
-    family = "gpu" if target.startswith("cuda:") else "cpu"
+def program_digest(op: str, pass_name: str, target: str, backend: str = "") -> str:
+    """Twelve hex digits of the program that computes an operator's pass on a target's class of machines.
+
+    Args:
+        backend: "triton" for its programs, else those that are compiled ahead.
+    """
+    family = "triton" if backend == "triton" else "gpu" if target.startswith("cuda:") else "cpu"
     digest, seen, waiting = hashlib.sha256(), set(), [f"{family}.{_MODULES[op, pass_name]}"]
-    tree = ast.parse((_PROGRAMS / "__init__.py").read_text())
+    tiles = Path(__file__).with_name("triton.py") if family == "triton" else _PROGRAMS / "__init__.py"
+    tree = ast.parse(tiles.read_text())
     tile = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == f"{family.title()}Tile")
     digest.update(_text(tile).encode())
     while waiting:

@@ -9,6 +9,7 @@ from hsa_compile.ir.programs import GpuTile
 BLOCK_SHARED = 227 * 1024
 MULTIPROCESSOR_SHARED = 228 * 1024
 RESERVED_SHARED = 2048  # a kilobyte of the system's, and the barriers, padded to the alignment of swizzled buffers
+MOST_SHARED = {"sm_90a": BLOCK_SHARED - RESERVED_SHARED, "sm_80": 160 * 1024}  # of one block
 TILE_ROWS = 64  # of a wgmma tile: one warpgroup
 LISTED_SLOTS = 4096
 REGISTERS = 65536  # of a multiprocessor
@@ -24,9 +25,10 @@ def attention_tile(problem: ChunkAttention, arch: str = "sm_90a", length: int | 
         length: tokens of a segment, about. Few are served one by one; None is many.
     """
     D, S = problem.head_dim, problem.chunk_size
-    if length is not None and length < FEW:
-        return GpuTile(form="token", wgmma=arch == "sm_90a")
     chunk = 4 * S * D  # bytes of its keys and values
+    rows = -(-problem.groups // 16) * 16  # of a token, which keeps queries and probabilities beside one chunk
+    if length is not None and length < FEW and chunk + 2 * rows * (D + S) <= MOST_SHARED[arch]:
+        return GpuTile(form="token", wgmma=arch == "sm_90a")
     if arch != "sm_90a" or 2 * chunk > BLOCK_SHARED - RESERVED_SHARED:
         return _rows_tile(problem, False)
     # Groups of 8 fill wgmma's 64 rows with 8 neighbouring tokens, whose selections overlap: on an H100 0.63 ms at

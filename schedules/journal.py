@@ -30,6 +30,8 @@ class Trial(BaseModel):
         ms: median of its first runs, milliseconds; only where it is ok.
         detail: of a failure.
         seconds: that it took to build, check and time.
+        backend: whose tile it is, where that is not the one that is compiled ahead.
+        resources: registers of a thread, spilled bytes and shared memory of the largest kernel, where they are known.
         estimate_ms: what the cost model expected.
     """
 
@@ -41,6 +43,8 @@ class Trial(BaseModel):
     detail: str = ""
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     estimate_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    backend: Literal["", "triton"] = ""
+    resources: dict[str, Annotated[int, Field(ge=0)]] = Field(default_factory=dict)
 
     @property
     def score(self) -> float:

@@ -26,7 +26,7 @@ import filelock
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from hsa_compile.ir import Problem, problem_from_dict
-from hsa_compile.schedules.choice import Tile, bucket, tile_from_dict
+from hsa_compile.schedules.choice import Backend, Tile, bucket, tile_from_dict
 from hsa_compile.schedules.device import Device, device_for
 from hsa_compile.schedules.fingerprint import program_digest
 from hsa_compile.schedules.target import CpuTarget, GpuTarget, TargetError, resolve_any
@@ -36,6 +36,7 @@ log = logging.getLogger("hsa_compile")
 PACKAGED = Path(__file__).parent / "records"
 FORMAT = 1
 LONGER = "for segments"
+CHANCE = 0.02
 LARGEST = 16 << 20  # bytes of a file that is still read
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -53,7 +54,9 @@ class Measured(_Data):
     """How a record came about.
 
     ``ms`` is the median of ``rounds`` in which candidates took turns, ``default_ms`` the hand-picked tile's in the same
-    rounds; ``clock`` is "wall", or "cpu" where the machine was busy (see ``measure.py``).
+    rounds; ``clock`` is "wall", or "cpu" where the machine was busy (see ``measure.py``), or "device" for a GPU's own.
+    ``threads`` are multiprocessors on a GPU. ``matmul_gflops_after`` is the machine's rate after the rounds: lower than
+    ``matmul_gflops`` where it throttled meanwhile. ``resources``: a thread's registers, spilled bytes, shared memory.
     """
 
     date: str
@@ -64,7 +67,7 @@ class Measured(_Data):
     L: Count
     C: Count
     threads: Count
-    clock: Literal["wall", "cpu"]
+    clock: Literal["wall", "cpu", "device"]
     rounds: Count
     ms: Positive
     ms_min: Positive
@@ -72,14 +75,17 @@ class Measured(_Data):
     default_ms: Positive
     gflops: Positive
     matmul_gflops: Positive
+    matmul_gflops_after: Positive | None = None
+    resources: dict[str, int] = Field(default_factory=dict)
 
 
 class Record(_Data):
-    """The best tile found for a pass of a problem and segments of ``length`` tokens or more."""
+    """The best tile of a backend found for a pass of a problem and segments of ``length`` tokens or more."""
 
     problem: dict[str, Any]
     pass_name: Literal["forward", "backward"] = Field(alias="pass")
     length: Count
+    backend: Backend = "tvm"
     tile: dict[str, Any]
     program: str
     versions: dict[str, str]
@@ -107,18 +113,18 @@ class Record(_Data):
 
     def tile_for(self, level: CpuTarget | GpuTarget) -> Tile:
         """The record's tile, for the target that it was made for."""
-        return tile_from_dict(self.tile, level)
+        return tile_from_dict(self.tile, level, self.backend)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What the record is for, within its file: of two with one key, the later counts."""
         return (
-            json.dumps(self.problem, sort_keys=True), self.pass_name, self.length, self.program,
+            json.dumps(self.problem, sort_keys=True), self.pass_name, self.length, self.backend, self.program,
             json.dumps(self.versions, sort_keys=True),
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        return self.model_dump(by_alias=True)
+        return self.model_dump(by_alias=True, exclude_defaults=True)
 
 
 class _Header(_Data):
@@ -222,13 +228,16 @@ def _warn_once(line: str) -> None:
 
 
 def find(
-    problem: Problem, pass_name: str, level: CpuTarget | GpuTarget, length: int | None
+    problem: Problem, pass_name: str, level: CpuTarget | GpuTarget, length: int | None, backend: Backend | None = None
 ) -> tuple[Stored | None, list[tuple[Stored, str]]]:
-    """The record to use, and all others of this problem and pass with the reason they are not used."""
+    """The record to use, and all others of this problem and pass with the reason they are not used. Of two backends
+    measured for one length, the faster is used; ``backend`` leaves one alone."""
     fitting: list[Stored] = []
     passed_over: list[tuple[Stored, str]] = []
     for shelf in shelves():
         for record in shelf.records:
+            if backend not in (None, record.backend):
+                continue
             if record.pass_name == pass_name and record.parsed_problem == problem:
                 stored = Stored(record, shelf)
                 reason = _mismatch(stored, level, length)
@@ -238,9 +247,24 @@ def find(
                     fitting.append(stored)
     if not fitting:
         return None, passed_over
-    best = max(fitting, key=lambda stored: stored.record.length)  # the first of equals: the user's own
-    passed_over += [(other, f"{describe(best)} is nearer") for other in fitting if other is not best]
+    nearest = max(stored.record.length for stored in fitting)
+    mine: dict[Backend, Stored] = {}
+    for stored in fitting:
+        if stored.record.length == nearest:
+            mine.setdefault(stored.record.backend, stored)  # the first of equals: the user's own
+    best = min(mine.values(), key=_handicapped)
+    passed_over += [(other, _not_best(other, best)) for other in fitting if other is not best]
     return best, passed_over
+
+
+def _handicapped(stored: Stored) -> float:
+    """Milliseconds; a backend that is not compiled ahead has to be faster by more than medians differ by chance."""
+    return stored.record.measured.ms * (1 + CHANCE if stored.record.backend == "triton" else 1)
+
+
+def _not_best(other: Stored, best: Stored) -> str:
+    faster = other.record.length == best.record.length and other.record.backend != best.record.backend
+    return f"{describe(best)} is {'faster' if faster else 'nearer'}"
 
 
 def _mismatch(stored: Stored, level: CpuTarget | GpuTarget, length: int | None) -> str | None:
@@ -250,9 +274,9 @@ def _mismatch(stored: Stored, level: CpuTarget | GpuTarget, length: int | None) 
     if shelf.device != device_for(level.name):
         same = shelf.device.name == device_for(level.name).name
         return f"measured on another machine{', of other features' if same else ''} ({shelf.device.name})"
-    if record.program != program_digest(record.parsed_problem.op, record.pass_name, level.name):
+    if record.program != program_digest(record.parsed_problem.op, record.pass_name, level.name, record.backend):
         return "stale: the program has changed since; tune again"
-    if record.versions != _compiler_versions(level.name):
+    if not _same_compiler(record, level.name):
         made = ", ".join(f"{name} {version}" for name, version in record.versions.items())
         return f"stale: made with {made}; tune again"
     if length is not None and record.length > bucket(length):
@@ -260,17 +284,28 @@ def _mismatch(stored: Stored, level: CpuTarget | GpuTarget, length: int | None) 
     return None
 
 
-def _compiler_versions(target: str) -> dict[str, str]:
+def _compiler_versions(target: str, backend: str = "") -> dict[str, str]:
     from hsa_compile.schedules import builder
 
-    return builder.compiler_versions(target)
+    return builder.compiler_versions(target, backend)
+
+
+def _same_compiler(record: Record, target: str) -> bool:
+    """Whether the installed compilers are those of the record. Where none is, kernels that others made are run, and
+    records that others made say which."""
+    from hsa_compile.schedules.builder import NOT_INSTALLED
+
+    installed = _compiler_versions(target, record.backend)
+    return all(version in (NOT_INSTALLED, record.versions.get(name)) for name, version in installed.items())
 
 
 def describe(stored: Stored) -> str:
     """A record in a line."""
     m, where = stored.record.measured, "packaged" if stored.shelf.path.parent == PACKAGED else str(stored.shelf.path)
     gain = m.default_ms / m.ms
-    return f"record of L >= {stored.record.length} ({m.ms:.3g} ms, {gain:.2f}x the default's rate, {m.date}, {where})"
+    kind = f"{stored.record.backend} " if stored.record.backend != "tvm" else ""
+    what = f"{kind}record of L >= {stored.record.length}"
+    return f"{what} ({m.ms:.3g} ms, {gain:.2f}x the default's rate, {m.date}, {where})"
 
 
 def of_device(level: CpuTarget | GpuTarget) -> list[Stored]:
@@ -295,8 +330,8 @@ def why_none(passed_over: list[tuple[Stored, str]], level: CpuTarget | GpuTarget
 
 def current(record: Record, target: str) -> bool:
     """Whether the program and the compiler are still those that the record was measured with."""
-    digest = program_digest(record.parsed_problem.op, record.pass_name, target)
-    return record.program == digest and record.versions == _compiler_versions(target)
+    digest = program_digest(record.parsed_problem.op, record.pass_name, target, record.backend)
+    return record.program == digest and _same_compiler(record, target)
 
 
 def file_for(device: Device, target: str, directory: Path) -> Path:
@@ -394,7 +429,13 @@ def diff(old: Path, new: Path) -> list[tuple[str, Record | None, Record | None]]
     sides = []
     for path in (old, new):
         records = load(path).records
-        sides.append({(record.parsed_problem, record.pass_name, record.length): record for record in records})
+        sides.append(
+            {(record.parsed_problem, record.pass_name, record.length, record.backend): record for record in records}
+        )
     keys = sorted(sides[0].keys() | sides[1].keys(), key=str)
     changed = ((key, sides[0].get(key), sides[1].get(key)) for key in keys)
-    return [(f"{p} {name}, L >= {length}", a, b) for (p, name, length), a, b in changed if a != b]
+    return [
+        (f"{p} {name}, L >= {length}{'' if backend == 'tvm' else ', ' + backend}", a, b)
+        for (p, name, length, backend), a, b in changed
+        if a != b
+    ]

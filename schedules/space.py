@@ -1,6 +1,6 @@
 """What the tuner may choose: the values of every field of a tile, by operator and pass, and which tiles make sense.
 
-A new field of a tile becomes searchable by a line in the tables here.
+A new field of a tile becomes searchable by a line in the tables here, or, for GPUs, in ``gpu_space.py``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hsa_compile.ir import ChunkAttention, Problem
-from hsa_compile.ir.programs import CpuTile, GpuTile
+from hsa_compile.ir.programs import CpuTile
 from hsa_compile.ir.programs.cpu.layout import AttentionLayout, SelectLayout
+from hsa_compile.schedules import gpu_resources
 from hsa_compile.schedules.choice import Tile, default_tile
 from hsa_compile.schedules.costs import accumulators_fit, is_split, split_bytes, workspace_bytes
+from hsa_compile.schedules.gpu_space import GpuSpace
 from hsa_compile.schedules.target import CpuTarget, GpuTarget, resolve_any
 
 Choices = dict[str, tuple[Any, ...]]
@@ -31,8 +33,6 @@ _CPU: dict[tuple[str, str], Choices] = {
     | {"tokens": (8, 16, 32, 64, 128, 256, 512), "landmarks": (16, 32, 64, 128, 256), "segments": (1, 4, 16, 64, 256)},
     ("chunk_select", "backward"): {},  # row by row: nothing in it hangs on the tile but its lanes
 }
-_GPU_FORWARD: Choices = {"tokens": (2, 4, 8, 16, 32), "stages": (1, 2, 3, 4), "blocks": (1, 2, 3, 4)}
-_GPU: dict[str, Choices] = {"forward": _GPU_FORWARD, "backward": _GPU_FORWARD | {"pairs": (64, 128, 256, 512)}}
 _UNUSED_WHEN_SPLIT = {
     "chunk_attention": ("tokens", "rows"),
     "chunk_select": ("row_block", "vector_block", "tokens", "landmarks"),
@@ -54,10 +54,15 @@ class Space:
 
     problem: Problem
     pass_name: str
-    target: CpuTarget | GpuTarget
+    target: CpuTarget
     length: int | None
     base: Tile
     choices: Choices
+
+    @property
+    def first(self) -> list[Tile]:
+        """What is tried before all."""
+        return [self.base]
 
     def tiles(self) -> list[Tile]:
         """All sensible tiles, those that run the same code once; the hand-picked one is the first."""
@@ -104,7 +109,7 @@ def _made_of(problem: Problem, tile: CpuTile, split: bool) -> dict[str, Any]:
     return {"tokens": tiles.tokens, "landmarks": tiles.block, "vector_block": tile.vectors(tiles.tokens)}
 
 
-def space_for(problem: Problem, pass_name: str, target: str, length: int | None = None) -> Space:
+def space_for(problem: Problem, pass_name: str, target: str, length: int | None = None) -> Space | GpuSpace:
     """The search space; a single tile where a program has nothing to choose.
 
     Args:
@@ -114,15 +119,17 @@ def space_for(problem: Problem, pass_name: str, target: str, length: int | None 
         TargetError: the target is unknown.
     """
     level = resolve_any(target)
-    gpu = isinstance(level, GpuTarget)
-    choices = _GPU[pass_name] if gpu else _CPU[problem.op, pass_name]
-    return Space(problem, pass_name, level, length, default_tile(problem, pass_name, level, length), choices)
+    if isinstance(level, GpuTarget):
+        return GpuSpace(problem, pass_name, level, length)
+    base = default_tile(problem, pass_name, level, length)
+    return Space(problem, pass_name, level, length, base, _CPU[problem.op, pass_name])
 
 
 def refusal(problem: Problem, pass_name: str, tile: Tile, target: CpuTarget | GpuTarget) -> str | None:
     """Why a tile is not to be built for a target, or None."""
-    if isinstance(tile, GpuTile) or isinstance(target, GpuTarget):
-        return None  # what a GPU refuses, its compiler does
+    if isinstance(target, GpuTarget):
+        return gpu_resources.refusal(problem, pass_name, tile, target)  # type: ignore[arg-type]
+    assert isinstance(tile, CpuTile)
     if tile.lanes > target.lanes:
         return f"{tile.lanes} lanes are more than a vector register of {target.name} has ({target.lanes})"
     if not accumulators_fit(tile, target.registers):

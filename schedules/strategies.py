@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -80,8 +80,23 @@ class Strategy:
 
 
 def _features(tiles: Sequence[Tile]) -> NDArray:
-    """[tiles, features]: logarithms of the numeric fields that vary, their squares and products; names as 0 and 1."""
+    """[tiles, features]: logarithms of the numeric fields that vary, their squares and products; names as 0 and 1.
+    Tiles of different kinds share none of them: each is 0 for the others."""
+    kinds = list(dict.fromkeys(map(type, tiles)))
     columns: list[NDArray] = []
+    for kind in kinds:
+        where = np.array([type(tile) is kind for tile in tiles])
+        if len(kinds) > 1:
+            columns.append(where.astype(float))
+        for column in _columns([tile for tile in tiles if type(tile) is kind]):
+            columns.append(np.zeros(len(tiles)))
+            columns[-1][where] = column
+    products = [a * b for i, a in enumerate(columns) for b in columns[i:]]
+    return np.stack([*columns, *products], axis=1) if columns else np.zeros((len(tiles), 1))
+
+
+def _columns(tiles: Sequence[Tile]) -> Iterator[NDArray]:
+    """Those of tiles of one kind, one by one."""
     for name in vars(tiles[0]):
         values = [getattr(tile, name) for tile in tiles]
         distinct = sorted(set(values), key=str)
@@ -89,8 +104,6 @@ def _features(tiles: Sequence[Tile]) -> NDArray:
             continue
         if all(isinstance(value, int | float) and value > 0 for value in distinct):
             column = np.log2(np.array(values, dtype=float))
-            columns.append((column - column.mean()) / column.std())
+            yield (column - column.mean()) / column.std()
         else:
-            columns += [np.array([value == one for value in values], dtype=float) for one in distinct]
-    products = [a * b for i, a in enumerate(columns) for b in columns[i:]]
-    return np.stack([*columns, *products], axis=1) if columns else np.zeros((len(tiles), 1))
+            yield from (np.array([value == one for value in values], dtype=float) for one in distinct)

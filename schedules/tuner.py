@@ -14,23 +14,25 @@ from typing import Any
 
 from hsa_compile.ir import ChunkAttention
 from hsa_compile.ir.programs import CpuTile
-from hsa_compile.schedules import builder
+from hsa_compile.schedules import builder, gpu_costs
 from hsa_compile.schedules.candidates import CandidateError, Job, Laboratory
-from hsa_compile.schedules.choice import ScheduleError, Tile, bucket, tile_from_dict
-from hsa_compile.schedules.costs import estimate_ms, seen_chunks, waiting_factor
+from hsa_compile.schedules.choice import ScheduleError, Tile, backend_of, backends, bucket, tile_from_dict
+from hsa_compile.schedules.costs import Machine, estimate_ms, seen_chunks, waiting_factor
 from hsa_compile.schedules.device import device_for
 from hsa_compile.schedules.fingerprint import program_digest
+from hsa_compile.schedules.gpu_costs import GpuMachine
+from hsa_compile.schedules.gpu_space import GpuSpace
 from hsa_compile.schedules.journal import Journal, Trial
 from hsa_compile.schedules.records import Measured, Record
 from hsa_compile.schedules.space import Space, space_for
 from hsa_compile.schedules.strategies import Strategy
-from hsa_compile.schedules.target import GpuTarget, resolve_any
+from hsa_compile.schedules.target import resolve_any
 
 FINALS_SHARE = 0.2  # of the time
-FINALISTS, LEAST_ROUNDS, MOST_ROUNDS = 4, 7, 15
+FINALISTS = 4
 WON = 0.8  # share of the rounds that a candidate has to win against the hand-picked tile
 NOISE = 0.02  # a candidate has to be faster than the hand-picked tile by this share: medians repeat to about half of it
-BATCH = 2  # candidates a compiler between looks at the clock
+BATCH = 2  # candidates a compiler between looks at the clock, or in hand
 
 Progress = Callable[[float, str], None]
 
@@ -58,6 +60,8 @@ class Outcome:
         space_size: how many candidates there are.
         resumed: trials that were there from earlier runs.
         failed: how many candidates failed, by what.
+        resources: of the finals' largest kernels, where they are known.
+        rate_after: operations a second of a matrix product after the finals, None where it was not measured.
     """
 
     job: Job
@@ -72,6 +76,8 @@ class Outcome:
     threads: int
     resumed: int = 0
     failed: dict[str, int] = field(default_factory=dict)
+    resources: dict[Tile, dict[str, int]] = field(default_factory=dict)
+    rate_after: float | None = None
 
     @property
     def best(self) -> Final:
@@ -99,6 +105,7 @@ def job_flops(job: Job) -> float:
 def journal_for(job: Job, lab: Laboratory) -> Journal:
     """The journal of all searches that measure the same."""
     level = resolve_any(job.target)
+    used = backends(job.problem, level)
     key = {
         "problem": job.problem.to_dict(),
         "pass": job.pass_name,
@@ -107,8 +114,8 @@ def journal_for(job: Job, lab: Laboratory) -> Journal:
         "load": asdict(job.load),
         "clock": lab.clock,
         "threads": lab.machine.threads,
-        "program": program_digest(job.problem.op, job.pass_name, level.name),
-        "versions": builder.compiler_versions(level.name),
+        "program": " ".join(program_digest(job.problem.op, job.pass_name, level.name, name) for name in used),
+        "versions": {k: v for name in used for k, v in builder.compiler_versions(level.name, name).items()},
     }
     return Journal(builder.cache_directory() / "tuning", key)
 
@@ -118,7 +125,7 @@ class Search:
 
     def __init__(self, job: Job, lab: Laboratory, journal: Journal, strategy: str, seed: int = 0) -> None:
         self.job, self.lab, self.journal = job, lab, journal
-        self.space: Space = space_for(job.problem, job.pass_name, job.target, job.load.L)
+        self.space: Space | GpuSpace = space_for(job.problem, job.pass_name, job.target, job.load.L)
         self.tiles = self.space.tiles()
         self.strategy = Strategy(strategy, self.tiles, self.estimate, seed)
         self.trials = [trial for trial in journal.read() if self.tile_of(trial) is not None]
@@ -127,18 +134,29 @@ class Search:
         for trial in self.trials:
             self._note(trial)
         self.built: dict[Tile, Any] = {}
+        self._first = [tile for tile in self.space.first if tile not in self.scores]
 
-    def estimate(self, tile: Tile) -> float | None:
-        """The cost model's milliseconds, None where there is no model of the target's machines."""
-        if isinstance(self.space.target, GpuTarget):
-            return None
-        job = self.job
-        return estimate_ms(job.problem, job.pass_name, tile, job.load, self.lab.machine)  # type: ignore[arg-type]
+    def estimate(self, tile: Tile) -> float:
+        """The cost model's milliseconds."""
+        job, machine = self.job, self.lab.machine
+        if isinstance(self.space, GpuSpace):
+            assert isinstance(machine, GpuMachine)
+            return gpu_costs.estimate_ms(job.problem, job.pass_name, tile, job.load, machine, self.space.target)  # type: ignore[arg-type]
+        assert isinstance(tile, CpuTile)
+        assert isinstance(machine, Machine)
+        return estimate_ms(job.problem, job.pass_name, tile, job.load, machine)
+
+    def propose(self, count: int) -> list[Tile]:
+        """The hand-picked tiles before all others, then what the strategy says; fewer or none where few are left."""
+        found, self._first = self._first[:count], self._first[count:]
+        while len(found) < count and (more := self.strategy.propose(count - len(found), self.scores)):
+            found += [tile for tile in more if tile not in self.space.first]
+        return found
 
     def tile_of(self, trial: Trial) -> Tile | None:
         """A trial's tile; None if it makes no sense (journals are data that anyone may edit)."""
         try:
-            return tile_from_dict(trial.tile, self.space.target)
+            return tile_from_dict(trial.tile, self.space.target, trial.backend)
         except ValueError:
             return None
 
@@ -173,22 +191,31 @@ class Search:
             progress(min(1.0, elapsed() / seconds), f"{len(self.trials)} candidates, {found}")
 
         tell()
-        if self.space.base not in self.scores:
-            self._try([self.space.base], tell)
+        if first := self.propose(len(self._first)) if self._first else []:
+            self._try(first, tell)
         while elapsed() < searching:
-            batch = self.strategy.propose(BATCH * self.lab.workers, self.scores)
+            batch = self.propose(BATCH * self.lab.workers)
             if not batch:
                 break
             self._try(batch, tell)
-        finals = self._finals(start + seconds, tell)
+        return self.conclude(start + seconds, tell, start)
+
+    def conclude(self, deadline: float, tell: Callable[[], None], start: float) -> Outcome:
+        """The final rounds, up to about ``deadline``, and what the search since ``start`` found (monotonic seconds).
+
+        Raises:
+            ScheduleError: the hand-picked tile does not work.
+        """
+        finals = self._finals(deadline, tell)
         failed: dict[str, int] = {}
         for trial in self.trials:
             if trial.status != "ok":
                 failed[trial.status] = failed.get(trial.status, 0) + 1
         machine = self.lab.machine
+        resources = {final.tile: self.lab.resources(self.built[final.tile]) for final in finals}
         return Outcome(
             self.job, self.strategy.name, self.lab.clock, finals, self.space.base, self.trials, len(self.tiles),
-            elapsed(), machine.flops, machine.threads, self.resumed, failed,
+            time.monotonic() - start, machine.flops, machine.threads, self.resumed, failed, resources, self.lab.rate(),
         )  # fmt: skip
 
     def _try(self, tiles: list[Tile], tell: Callable[[], None]) -> None:
@@ -197,27 +224,42 @@ class Search:
         results = list(self.lab.build(self.job, tiles))
         building = (time.monotonic() - at) / len(tiles)
         for tile, built in results:
-            at = time.monotonic()
-            trial: dict[str, Any] = {"tile": asdict(tile), "estimate_ms": self.estimate(tile)}
-            try:
-                if isinstance(built, CandidateError):
-                    raise built
-                self.lab.check(self.job, tile, built)
-                ms = self.score(tile, self.lab.time(self.job, tile, built))
-                trial |= {"status": "ok", "ms": ms}
-                self.built[tile] = built
-            except CandidateError as error:
-                trial |= {"status": error.status, "detail": str(error)[-1000:]}
-            done = Trial(**trial, seconds=building + time.monotonic() - at)
-            self.journal.append(done)
-            self.trials.append(done)
-            self._note(done)
+            self.settle(tile, built, building)
             tell()
 
+    def settle(self, tile: Tile, built: Any, building: float) -> None:
+        """Checks and times a candidate and writes down what became of it.
+
+        Args:
+            built: by the laboratory, or the CandidateError that it failed by.
+            building: seconds that it took.
+
+        Raises:
+            JournalError: it can't be written down.
+        """
+        at = time.monotonic()
+        trial: dict[str, Any] = {"tile": asdict(tile), "estimate_ms": self.estimate(tile)}
+        trial["backend"] = "triton" if backend_of(tile) == "triton" else ""
+        try:
+            if isinstance(built, CandidateError):
+                raise built
+            self.lab.check(self.job, tile, built)
+            ms = self.score(tile, self.lab.time(self.job, tile, built))
+            trial |= {"status": "ok", "ms": ms, "resources": self.lab.resources(built)}
+            self.built[tile] = built
+        except CandidateError as error:
+            trial |= {"status": error.status, "detail": str(error)[-1000:]}
+        done = Trial(**trial, seconds=building + time.monotonic() - at)
+        self.journal.append(done)
+        self.trials.append(done)
+        self._note(done)
+
     def _finalists(self) -> dict[Tile, Any]:
-        """The best candidates and the hand-picked one, built and checked (those of earlier runs anew)."""
+        """The best candidates, the best of each backend and the hand-picked one, built and checked (those of earlier
+        runs anew)."""
         ranked = sorted((tile for tile, ms in self.scores.items() if math.isfinite(ms)), key=self.scores.__getitem__)
-        picked = [tile for tile in ranked[:FINALISTS] if tile != self.space.base] + [self.space.base]
+        best = {backend_of(tile): tile for tile in reversed(ranked)}
+        picked = list(dict.fromkeys([*ranked[:FINALISTS], *best.values(), self.space.base]))
         missing = [tile for tile in picked if tile not in self.built]
         for tile, built in self.lab.build(self.job, missing) if missing else ():
             if not isinstance(built, CandidateError):
@@ -238,8 +280,9 @@ class Search:
         a machine that another has warmed."""
         ready = self._finalists()
         runs: dict[Tile, list[float]] = {tile: [] for tile in ready}
-        for number in range(MOST_ROUNDS):
-            if number >= LEAST_ROUNDS and time.monotonic() > deadline:
+        least, most = self.lab.rounds
+        for number in range(most):
+            if number >= least and time.monotonic() > deadline:
                 break
             order = list(ready)
             for tile in order[number % len(order) :] + order[: number % len(order)] if order else ():
@@ -263,37 +306,54 @@ def _clearly_faster(final: Final, base: Final) -> bool:
     return final.ms < (1 - NOISE) * base.ms and wins >= WON * len(base.runs)
 
 
-def record_of(outcome: Outcome) -> Record:
-    """The record that a search ends with: the winner, which may be the hand-picked tile itself."""
-    job, best = outcome.job, outcome.best
+def records_of(outcome: Outcome) -> list[Record]:
+    """The records that a search ends with: the winner of each backend, the winner of all first."""
+    winners = {backend_of(outcome.best.tile): outcome.best}
+    for final in sorted(outcome.finals, key=lambda final: final.ms):
+        winners.setdefault(backend_of(final.tile), final)
+    return [record_of(outcome, final) for final in winners.values()]
+
+
+def record_of(outcome: Outcome, final: Final | None = None) -> Record:
+    """The record of one of the finals, by default of the winner, which may be the hand-picked tile itself."""
+    job, best = outcome.job, final or outcome.best
+    backend = backend_of(best.tile)
     level = resolve_any(job.target)
     gflops = outcome.flops() / best.ms / 1e6
     measured = Measured(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         strategy=outcome.strategy,
         candidates=len(outcome.trials),
-        seconds=round(outcome.seconds, 1),
+        seconds=_figures(outcome.seconds),
         **asdict(job.load),
         threads=outcome.threads,
         clock=outcome.clock,  # type: ignore[arg-type]
         rounds=len(best.runs),
-        ms=round(best.ms, 5),
-        ms_min=round(min(best.runs), 5),
-        ms_max=round(max(best.runs), 5),
-        default_ms=round(outcome.default_ms, 5),
-        gflops=round(gflops, 2),
-        matmul_gflops=round(outcome.matmul_flops / 1e9, 2),
+        ms=_figures(best.ms),
+        ms_min=_figures(min(best.runs)),
+        ms_max=_figures(max(best.runs)),
+        default_ms=_figures(outcome.default_ms),
+        gflops=_figures(gflops),
+        matmul_gflops=_figures(outcome.matmul_flops / 1e9),
+        matmul_gflops_after=_figures(outcome.rate_after / 1e9) if outcome.rate_after else None,
+        resources=outcome.resources.get(best.tile, {}),
     )
     data = {
         "problem": job.problem.to_dict(),
         "pass": job.pass_name,
         "length": bucket(job.load.L),
+        "backend": backend,
         "tile": asdict(best.tile),
-        "program": program_digest(job.problem.op, job.pass_name, level.name),
-        "versions": builder.compiler_versions(level.name),
+        "program": program_digest(job.problem.op, job.pass_name, level.name, backend),
+        "versions": builder.compiler_versions(level.name, backend),
         "measured": measured,
     }
     return Record.model_validate(data, context={"level": level})
+
+
+def _figures(x: float) -> float:
+    """Five significant ones."""
+    return float(f"{x:.5g}")
 
 
 def best_so_far(trials: list[Trial]) -> Iterator[tuple[int, float, float]]:

@@ -22,7 +22,7 @@ from hsa_compile.bench import tuning as bench
 from hsa_compile.cli import app
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.ir.programs import CpuTile
-from hsa_compile.schedules import BuildError, ScheduleError, bucket, build, choice, choose, records, resolve
+from hsa_compile.schedules import ScheduleError, bucket, build, choice, choose, records, resolve
 from hsa_compile.schedules.candidates import CandidateError, CpuLaboratory, Job, Limits
 from hsa_compile.schedules.costs import Machine, Workload, estimate_ms
 from hsa_compile.schedules.device import Device, device_for
@@ -47,7 +47,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("HSA_COMPILE_SCHEDULE", "tuned")
     monkeypatch.setattr(records, "PACKAGED", tmp_path / "packaged")
     monkeypatch.setattr(os, "fsync", lambda file: None)  # hundreds of trials a test
-    monkeypatch.setattr(records, "_compiler_versions", lambda target: {"apache-tvm": "1"})
+    monkeypatch.setattr(records, "_compiler_versions", lambda target, backend="": {"apache-tvm": "1"})
     caches = (choice._say, records._warn_once, records._load, dispatch._resolve, dispatch._load)
     for cache in caches:
         cache.cache_clear()
@@ -62,6 +62,7 @@ class FakeLaboratory:
     clock = "wall"
     machine = Machine(2, 2e11)
     workers = 2
+    rounds = (7, 15)
 
     def __init__(self, bad: dict[int, str] | None = None) -> None:
         self.bad, self.order, self.built = bad or {}, [], []
@@ -79,6 +80,12 @@ class FakeLaboratory:
     def time(self, job: Job, tile: CpuTile, built: Any) -> list[float]:
         self.order.append(tile)
         return [milliseconds(tile) * noise for noise in (1.0, 0.99, 1.01)]
+
+    def resources(self, built: Any) -> dict[str, int]:
+        return {}
+
+    def rate(self) -> float | None:
+        return None
 
 
 def milliseconds(tile: CpuTile) -> float:
@@ -588,11 +595,6 @@ def test_mistakes_are_told_in_a_line(arguments: tuple[str, ...], message: str) -
     result = CliRunner().invoke(app, list(arguments))
     assert result.exit_code == 1
     assert message in result.output
-
-
-def test_gpus_are_not_measured_here() -> None:
-    with pytest.raises(BuildError, match="cannot be tuned yet"):
-        CpuLaboratory("cuda:sm_90a")
 
 
 # Processes

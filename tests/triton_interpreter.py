@@ -82,7 +82,7 @@ def test_attention_in_half_precision() -> None:
 
 def test_popular_chunks_are_cut_in_items() -> None:
     indices = torch.tensor([[0] * 700 + [2] * 3 + [-1] * 2 + [9]], dtype=torch.int32).view(1, -1, 1, 1)
-    items = triton_kernels.work_items(indices, 4)
+    items = triton_kernels.work_items(indices, 4, schedule.ITEM_PAIRS)
     cut = -(-700 // schedule.ITEM_PAIRS)
     assert items.start.tolist() == [0, 700, 700, 703, 703]
     assert items.first.tolist() == [0, cut, cut, cut + 1, cut + 1]

@@ -23,18 +23,19 @@ KEEP = 0.93  # and how much of it each keeps, about what trained models show
 
 
 def synthetic_selection(
-    B: int, L: int, Hkv: int, K: int, S: int, kind: SyntheticKind, seed: int = 0, device: str = "cpu"
-) -> Tensor:
+    B: int, L: int, Hkv: int, K: int, S: int, kind: SyntheticKind, seed: int = 0, device: str = "cpu",
+    before: int = 0,
+) -> Tensor:  # fmt: skip
     """Indices int32 [B, L, Hkv, K], newest first, distinct, over the visible chunks, -1 where there are too few.
 
     "random": every token draws its own. "local": 16 neighbours share a draw, of which each token keeps an entry with
-    probability 0.93 and redraws it else.
+    probability 0.93 and redraws it else. ``before``: tokens of memory that the segment follows.
     """
     g = torch.Generator(device).manual_seed(seed)
-    C = L // S
+    C = (before + L) // S
     if C == 0:
         return torch.full((B, L, Hkv, K), -1, dtype=torch.int32, device=device)
-    visible = torch.arange(L, device=device).div(S, rounding_mode="floor").view(1, L, 1, 1)
+    visible = (torch.arange(L, device=device) + before).div(S, rounding_mode="floor").view(1, L, 1, 1)
     draws = torch.rand(B, L, Hkv, K, generator=g, device=device)
     if kind == "local":
         shared = draws[:, ::NEIGHBOURS].repeat_interleave(NEIGHBOURS, 1)[:, :L]

@@ -141,12 +141,29 @@ def _captured(directory: Path, text: Path | None, length: int, gpu: bool, seed: 
 def bench_tuning(
     output: Output = Path("runs/bench"),
     seconds: Annotated[float, typer.Option(help="Time for all; a later run goes on with the samples of this.")] = 240.0,
+    lengths: Annotated[list[int] | None, typer.Option("--length", help="On a GPU: shapes of these alone.")] = None,
+    target: Annotated[str, typer.Option("--target", "-t", help="cpu:native, or cuda for this machine's GPU.")] = (
+        "cpu:native"
+    ),
     seed: Seed = 0,
 ) -> None:
-    """Compare the tuner's strategies: best time by candidates tried, on samples of three search spaces."""
+    """Compare the tuner's strategies: best time by candidates tried, on samples of three search spaces.
+
+    On a GPU also tune every shape of the benchmark of kernels, side by side; what is found is saved as records.
+    """
     with friendly():
+        from hsa_compile import tuning as driver
         from hsa_compile.bench import tuning
 
+        if target.startswith("cuda"):
+            jobs = tuning.gpu_jobs(driver.full_target(target), lengths or ())
+            with spinner("measuring") as say:
+                rows = tuning.run_gpu(
+                    jobs, seconds, sampled=jobs[:2], seed=seed, progress=say, keep=lambda _, found: driver.save(found)
+                )
+            console.print(tuning.tuned_table(rows))
+            _save(tuning, rows, output, "tuning")
+            return
         with spinner("measuring") as say:
             rows = tuning.run(tuning.default_jobs(), seconds, seed, say)
         _save(tuning, rows, output, "tuning")

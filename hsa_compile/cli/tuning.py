@@ -27,6 +27,7 @@ def tune(
     passes: Annotated[
         Literal["forward", "backward", "both"], typer.Option("--pass", help="Which passes to tune.")
     ] = "both",
+    batch: Annotated[int | None, typer.Option(help="Rows. Default: 1, on a GPU as many as fill it.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of memory. Default: the length, at least 4096.")] = None,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all.")] = 300.0,
     strategy: Annotated[Literal["learned", "model", "random"], typer.Option(help="Order of the search.")] = "model",
@@ -40,16 +41,17 @@ def tune(
 ) -> None:
     """Search for faster tiles on this machine; what is found is used from then on, `explain` says where.
 
-    What was tried is written down as it happens: after Ctrl-C the same command goes on from there.
+    The target cuda is this machine's GPU, where TileLang and Triton programs are searched together. What was tried is
+    written down as it happens: after Ctrl-C the same command goes on from there.
     """
     with friendly():
         from rich.progress import BarColumn
 
         from hsa_compile import tuning
 
-        problems = tuning.parse_problems(problem) if problem else tuning.problems_of(tuning.config_of(preset))
+        problems = tuning.problems_for(problem, preset, target)
         names = ("forward", "backward") if passes == "both" else (passes,)
-        jobs = tuning.jobs_for(problems, lengths or tuning.LENGTHS[:1], names, target, context)
+        jobs = tuning.jobs_for(problems, lengths or tuning.LENGTHS[:1], names, target, context, batch)
         columns = (BarColumn(), TextColumn("{task.percentage:>3.0f} % {task.description}"), TimeElapsedColumn())
         outcomes, written = [], set()
         try:
@@ -79,7 +81,7 @@ def explain(
     with friendly():
         from hsa_compile import tuning
 
-        problems = tuning.parse_problems(problem) if problem else tuning.problems_of(tuning.config_of(preset))
+        problems = tuning.problems_for(problem, preset, target)
         for table in tuning.explain(problems, lengths or (1, *tuning.LENGTHS), target):
             if table is not None:
                 console.print(table)
