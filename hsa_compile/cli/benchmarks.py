@@ -118,10 +118,9 @@ def bench_kernels(
                 for length in lengths or [4096]:
                     say(f"what the model selects of {length} tokens")
                     shapes += _captured(model, text, length, gpu, seed)
-            if gpu:
-                rows = gpu_kernels.run(shapes, seed, say, partial(write_suite, output / "kernels.jsonl"))
-            else:
-                rows = kernels.run(shapes, seed, say)
+            rows = (gpu_kernels if gpu else kernels).run(
+                shapes, seed, say, partial(write_suite, output / "kernels.jsonl")
+            )
         _save(kernels, rows, output, "kernels")
 
 

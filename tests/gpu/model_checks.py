@@ -155,7 +155,7 @@ def check_graphs() -> None:
         assert torch.equal(_tokens(150, graphs=True, offload=offload), want), f"offload {offload}"
     model, ids = _reader()
     decoder = GraphDecoder(model, prefill(model, ids, 512)[1])
-    for _ in range(2 * CONFIG.chunk_size):
+    for _ in range(3 * CONFIG.chunk_size):  # the memory grows once, which drops the graphs before
         decoder.step(ids[:, :1])
     assert len(decoder.graphs) == CONFIG.chunk_size
 
