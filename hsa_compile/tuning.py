@@ -17,10 +17,10 @@ from hsa_compile.model.config import ConfigError, ModelConfig, preset
 from hsa_compile.schedules import BuildError, TargetError, choose, gpu_target, records
 from hsa_compile.schedules.builder import PASSES
 from hsa_compile.schedules.candidates import Clock, CpuLaboratory, Job, Laboratory
-from hsa_compile.schedules.choice import Choice, Tile, backend_of
+from hsa_compile.schedules.choice import Choice
 from hsa_compile.schedules.costs import Workload
 from hsa_compile.schedules.device import device_for
-from hsa_compile.schedules.space import space_for
+from hsa_compile.schedules.space import searched, space_for
 from hsa_compile.schedules.target import GPU_TARGETS, GpuTarget, resolve_any
 from hsa_compile.schedules.together import search_together
 from hsa_compile.schedules.tuner import Outcome, Search, best_so_far, job_flops, journal_for, records_of
@@ -184,13 +184,6 @@ def tune_one(
     """One search; returns what it found and the file that its record went to."""
     outcome = Search(job, lab, journal_for(job, lab), strategy).run(seconds, say)
     return outcome, save(outcome, out)
-
-
-def searched(tile: Tile, problem: Problem, pass_name: str, target: str, length: int | None) -> str:
-    """A tile's fields that a program hangs on for segments of a length, None for any, in a few words."""
-    fields = space_for(problem, pass_name, target, length).in_use(tile) or {"lanes": getattr(tile, "lanes", 0)}
-    backend = f"{backend_of(tile)}: " if target.startswith("cuda") else ""
-    return backend + ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:

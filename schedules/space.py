@@ -14,7 +14,7 @@ from hsa_compile.ir import ChunkAttention, Problem
 from hsa_compile.ir.programs import CpuTile
 from hsa_compile.ir.programs.cpu.layout import AttentionLayout, SelectLayout
 from hsa_compile.schedules import gpu_resources
-from hsa_compile.schedules.choice import Tile, default_tile
+from hsa_compile.schedules.choice import Tile, backend_of, default_tile
 from hsa_compile.schedules.costs import accumulators_fit, is_split, split_bytes, workspace_bytes
 from hsa_compile.schedules.gpu_space import GpuSpace
 from hsa_compile.schedules.target import CpuTarget, GpuTarget, resolve_any
@@ -139,3 +139,10 @@ def refusal(problem: Problem, pass_name: str, tile: Tile, target: CpuTarget | Gp
     if (size := split_bytes(problem, tile)) > PARTS_LIMIT:
         return f"the parts of {tile.few} tokens would take {size >> 20} MiB, more than {PARTS_LIMIT >> 20}"
     return None
+
+
+def searched(tile: Tile, problem: Problem, pass_name: str, target: str, length: int | None) -> str:
+    """A tile's fields that a program hangs on for segments of a length, None for any, in a few words."""
+    fields = space_for(problem, pass_name, target, length).in_use(tile) or {"lanes": getattr(tile, "lanes", 0)}
+    backend = f"{backend_of(tile)}: " if target.startswith("cuda") else ""
+    return backend + ", ".join(f"{name} {value}" for name, value in fields.items())

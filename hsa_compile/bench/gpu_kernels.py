@@ -16,7 +16,10 @@ from hsa_compile.bench.kernels import Shape, selections_of
 from hsa_compile.bench.peers import Peer, available
 from hsa_compile.bench.record import Timing, common_keys, timed_gpu, timed_replay
 from hsa_compile.bench.selections import union_ratio
-from hsa_compile.ir import ChunkSelect
+from hsa_compile.ir import ChunkSelect, Problem
+from hsa_compile.schedules import choose, gpu_target
+from hsa_compile.schedules.choice import Backend
+from hsa_compile.schedules.space import searched
 
 log = logging.getLogger("hsa_compile")
 
@@ -116,7 +119,9 @@ def _attention_rows(shape: Shape, seed: int) -> Iterator[dict[str, Any]]:
     for impl, backend in OURS.items():
         with dispatch.use_backend(backend):  # type: ignore[arg-type]
             try:
-                yield from (row(impl, *found) for found in _ours(shape, inputs))
+                for pass_name, timing, more in _ours(shape, inputs):
+                    more = {**more, "schedule": schedule(shape.problem, pass_name, shape.L, backend)}
+                    yield row(impl, pass_name, timing, more)
             except (RuntimeError, ValueError, AssertionError) as failure:
                 log.warning("%s fails on %s: %.300s", impl, shape, failure)
     for impl, peer in available(shape.problem.groups).items():
@@ -151,6 +156,14 @@ def _ours(shape: Shape, inputs: tuple[Tensor, ...]) -> Iterator[tuple[str, Timin
     backward()
     peak = (torch.cuda.max_memory_allocated() - before) >> 20
     yield "backward", timed_gpu(backward), {**errors, "peak_mib": peak}
+
+
+def schedule(problem: Problem, pass_name: str, length: int, backend: str) -> str:
+    """The tile that a backend of ``OURS`` takes on the current GPU, in a few words."""
+    target = gpu_target(torch.cuda.get_device_capability())
+    assert target is not None, "measured on a GPU that has kernels"
+    of: Backend = "triton" if backend == "triton" else "tilelang"
+    return searched(choose(problem, pass_name, target.name, length, of).tile, problem, pass_name, target.name, length)
 
 
 def _right(error: float) -> float:
@@ -192,7 +205,8 @@ def _select_rows(B: int, L: int, C: int, Dr: int, seed: int) -> Iterator[dict[st
                 error = _right(verify.select_error(problem, inputs, indices, scores))
                 clock = timed_gpu if whole else timed_replay
                 timing = clock(lambda: ops.chunk_select(*inputs, *options))
-                yield row(impl, timing, error=error, tolerance=verify.TOLERANCE)
+                chosen = schedule(problem, "forward", L, backend)
+                yield row(impl, timing, error=error, tolerance=verify.TOLERANCE, schedule=chosen)
                 if whole:
                     given = (scores, q_r, landmark, indices, CHUNK)
                     timing = timed_gpu(functools.partial(ops.chunk_select_backward, *given))

@@ -18,6 +18,8 @@ from hsa_compile.bench.selections import Captured, SelectionKind, captured_selec
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.ir.operators import Dtype
 from hsa_compile.model.model import HsaModel
+from hsa_compile.schedules import choose
+from hsa_compile.schedules.space import searched
 
 # Beyond this much work the slow peers would take minutes: eager's backward runs at 0.5 to 4 GFLOP/s.
 EAGER_GFLOP, DENSE_GFLOP = 10.0, 400.0
@@ -136,6 +138,13 @@ def _attention_rows(shape: Shape, seed: int) -> Iterator[dict[str, Any]]:
     flops = {"forward": shape.problem.flops(1, shape.L), "backward": shape.problem.backward_flops(1, shape.L)}
     shared = {"op": "attention", "union_ratio": round(union_ratio(inputs[3]), 3), "tolerance": tolerance}
 
+    def schedule(impl: str, pass_name: str) -> dict[str, str]:
+        """The tile of the compiled kernels, in a few words."""
+        if impl != "ours":
+            return {}
+        tile = choose(shape.problem, pass_name, length=shape.L).tile
+        return {"schedule": searched(tile, shape.problem, pass_name, "cpu:native", shape.L)}
+
     def row(impl: str, pass_name: str, timing: Timing, **more: Any) -> dict[str, Any]:
         tflops = flops[pass_name] / timing.median / 1e9
         return {**shared, "impl": impl, "pass": pass_name, **timing.fields(), "tflops": round(tflops, 4), **more}
@@ -147,8 +156,10 @@ def _attention_rows(shape: Shape, seed: int) -> Iterator[dict[str, Any]]:
             error = _error(shape, inputs, ops.chunk_attention(*inputs, S))
             if error > tolerance:
                 raise AssertionError(f"{impl} is off by {error} on {shape}; a wrong kernel is not timed")
-            yield row(impl, "forward", timed(lambda: ops.chunk_attention(*inputs, S)), error=error, schedule="tile")
-            yield row(impl, "backward", timed(lambda: ops.chunk_attention_backward(grad, *inputs, S)), schedule="tile")
+            timing = timed(lambda: ops.chunk_attention(*inputs, S))
+            yield row(impl, "forward", timing, error=error, **schedule(impl, "forward"))
+            timing = timed(lambda: ops.chunk_attention_backward(grad, *inputs, S))
+            yield row(impl, "backward", timing, **schedule(impl, "backward"))
     if shape.dtype == "float32" and 2 * shape.L**2 * shape.q_heads * shape.head_dim < DENSE_GFLOP * 1e9:
         q, k, v = (x.transpose(1, 2) for x in inputs[:3])
         k, v = (x if x.shape[2] == shape.L else F.pad(x, (0, 0, 0, shape.L - x.shape[2])) for x in (k, v))
