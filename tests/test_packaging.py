@@ -1,5 +1,6 @@
 """The package as it is installed: a wheel in an empty environment, every part importable, light without its extras."""
 
+import shutil
 import subprocess
 import sys
 import venv
@@ -18,6 +19,10 @@ MODULES = ["model.train", "export.session", "schedules.builder", "ops", "cli", "
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
+    # From a copy: test processes side by side would build in the same folder.
+    source = out / "source"
+    others = shutil.ignore_patterns(".*", "build", "runs", "benchmarks", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=others)
     command = [
         sys.executable,
         "-m",
@@ -30,7 +35,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(out),
         ".",
     ]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(command, cwd=source, check=True)
     return next(out.glob("*.whl"))
 
 
