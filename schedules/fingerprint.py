@@ -64,4 +64,17 @@ def _text(tree: ast.AST) -> str:
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
             node.body = node.body[1:]
-    return ast.unparse(tree)  # unlike ast.dump, nearly the same text from all versions of Python
+    return _dump(tree)
+
+
+def _dump(value: object) -> str:
+    """The same text from all versions of Python.
+
+    ``ast.dump`` names new, empty fields; ``ast.unparse`` quotes f-strings otherwise since 3.12.
+    """
+    if isinstance(value, list):
+        return f"[{', '.join(map(_dump, value))}]"
+    if not isinstance(value, ast.AST):
+        return repr(value)
+    fields = [f"{name}={_dump(part)}" for name, part in ast.iter_fields(value) if part is not None and part != []]
+    return f"{type(value).__name__}({', '.join(fields)})"

@@ -1,5 +1,6 @@
 """The tuner's loop on a made-up machine, what becomes of bad candidates, and records that are data and no more."""
 
+import ast
 import dataclasses
 import errno
 import json
@@ -22,7 +23,7 @@ from hsa_compile.bench import tuning as bench
 from hsa_compile.cli import app
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.ir.programs import CpuTile
-from hsa_compile.schedules import ScheduleError, bucket, build, choice, choose, records, resolve
+from hsa_compile.schedules import ScheduleError, bucket, build, choice, choose, fingerprint, records, resolve
 from hsa_compile.schedules.candidates import CandidateError, CpuLaboratory, Job, Limits
 from hsa_compile.schedules.costs import Machine, Workload, estimate_ms
 from hsa_compile.schedules.device import Device, device_for
@@ -118,6 +119,15 @@ def save(*found: records.Record, device: Device | None = None, directory: Path |
 
 
 # The search
+
+
+def test_a_programs_text_does_not_hang_on_the_version_of_python() -> None:
+    tree = ast.parse("def f(x):\n    'doc'\n    return f\"B * {x['n']}\"")
+    assert fingerprint._text(tree) == (
+        "Module(body=[FunctionDef(name='f', args=arguments(args=[arg(arg='x')]), body=[Return(value=JoinedStr(values="
+        "[Constant(value='B * '), FormattedValue(value=Subscript(value=Name(id='x', ctx=Load()), "
+        "slice=Constant(value='n'), ctx=Load()), conversion=-1)]))])])"
+    )
 
 
 def test_a_search_of_everything_finds_the_best_and_says_how_much_better(tmp_path: Path) -> None:
