@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsa_compile.model import fused
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.rows import Ragged
 
@@ -30,6 +31,8 @@ class RmsNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.serves(x):
+            return fused.rms_norm(x, self.weight, NORM_EPS)
         plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         if torch.compiler.is_exporting() or not plain:
             # The result has the dtype of x: under autocast, queries and keys stay in the values' half precision.
@@ -42,15 +45,23 @@ def rms_norm(width: int) -> RmsNorm:
     return RmsNorm(width, eps=NORM_EPS)
 
 
-def rotations(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, 1, head_dim / 2] of positions 0 … length - 1, for [..., length, H, head_dim]."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None, None] * frequency
-    return angle.cos(), angle.sin()
+def rotations(
+    length: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, 1, head_dim / 2] of positions 0 … length - 1, for [..., length, H, head_dim].
+
+    Args:
+        dtype: of the angles; those of many positions want float64. The result is float32.
+    """
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
+    angle = torch.arange(length, device=device, dtype=dtype)[:, None, None] * frequency
+    return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE over leading batch dimensions: element i of the first half pairs with element i of the second."""
+    if x_THD.dim() == 4 and fused.serves(x_THD):
+        return fused.rotate(x_THD, cos, sin)
     a, b = x_THD.chunk(2, dim=-1)
     cos, sin = cos.to(x_THD.dtype), sin.to(x_THD.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -211,7 +222,10 @@ class SwiGlu(nn.Module):
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate_up = self.gate_up(x)
+        if fused.serves(gate_up):
+            return self.down(fused.gated(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
