@@ -124,6 +124,24 @@ def bench_kernels(
         _save(kernels, rows, output, "kernels")
 
 
+@bench_app.command("plot")
+def bench_plot(
+    measurements: Annotated[
+        Path, typer.Argument(help="A file that a bench command wrote.", exists=True, dir_okay=False)
+    ],
+) -> None:
+    """Draw a suite's picture from its measurements, beside them."""
+    with friendly():
+        from hsa_compile.bench import kernels, model, models, tuning
+        from hsa_compile.bench.record import read_suite
+
+        suites: dict[str, Any] = {"kernels": kernels, "model": model, "e2e": models, "tuning": tuning}
+        rows = read_suite(measurements)
+        if (suite := rows[0]["suite"]) not in suites:
+            fail(f"suite {suite!r} has no picture; those that have: {', '.join(suites)}")
+        console.print(f"{suites[suite].plot(rows, measurements.with_suffix('.png'))}")
+
+
 def _captured(directory: Path, text: Path | None, length: int, gpu: bool, seed: int) -> list[Shape]:
     from hsa_compile import diagnosis
     from hsa_compile.bench import kernels

@@ -105,7 +105,7 @@ def _loss_of(logits: Tensor) -> Tensor:
 
 
 def check_fused() -> None:
-    """Fused passes are PyTorch's in float64, and repeat to the bit, on strided heads, wide rows and large vocabularies."""
+    """Fused passes are PyTorch's in float64, and repeat to the bit, on strided heads, wide rows, a large vocabulary."""
     norm, wide, mlp = rms_norm(64).cuda(), rms_norm(1000).cuda(), SwiGlu(16, 2304).cuda()
     cos, sin = rotations(2050, 64, 1e4, torch.device("cuda"), torch.float64)
     with torch.no_grad():
