@@ -84,6 +84,13 @@ def test_a_kind_of_prefill_ends_with_its_time(caplog: pytest.LogCaptureFixture) 
     assert "no time left for a full prefill" in caplog.text
 
 
+def test_what_a_longer_prefill_will_take() -> None:
+    """Selecting for all tokens grows with the square of their number, everything else with their number."""
+    found = {"ttft_ms": 1000.0, "selection_ms": 100.0}
+    assert inference._expected("short", 64, 16, found) == pytest.approx(4.0)
+    assert inference._expected("full", 64, 16, found) == pytest.approx(4 * 0.9 + 16 * 0.1)
+
+
 @pytest.mark.usefixtures("light")
 def test_operators_are_timed_within_the_block_alone() -> None:
     tiny = inference.inference_model(preset("tiny"), torch.device("cpu"))

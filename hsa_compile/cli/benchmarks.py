@@ -53,6 +53,7 @@ def bench_model(
     prefill_lengths: Annotated[list[int] | None, typer.Option("--prefill-length", help="Tokens of context.")] = None,
     decode_lengths: Annotated[list[int] | None, typer.Option("--decode-length", help="Tokens of context.")] = None,
     train_tokens: Annotated[int | None, typer.Option(help="Tokens a step and process.")] = None,
+    segment: Annotated[int | None, typer.Option(help="Tokens a prefill step.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="For all; what does not fit is left out.")] = 600.0,
     seed: Seed = 0,
 ) -> None:
@@ -72,8 +73,7 @@ def bench_model(
             "decode_lengths": decode_lengths,
         }  # fmt: skip
         given = {name: tuple(value) for name, value in given.items() if value} | {"seconds": seconds, "seed": seed}
-        if train_tokens is not None:
-            given["train_tokens"] = train_tokens
+        given |= {name: n for name, n in (("train_tokens", train_tokens), ("segment", segment)) if n is not None}
         plan = model.Plan(preset, device, **given)
         with spinner("measuring") as say:
             rows, main = model.run(plan, say, partial(write_suite, output / "model.jsonl"))
