@@ -19,7 +19,7 @@ from hsa_compile import dispatch
 # Elements below which PyTorch's own launches, cheaper for the CPU, are as fast: a decoding step stays below.
 LEAST = 1 << 20
 _ELEMENTS = 4096  # of a program's tile: loads of 16 to 32 bytes a thread
-_PROGRAMS = 1056  # of a sum over rows: eight for each of an H100's 132 multiprocessors
+_PROGRAMS = 528  # of a sum over rows: the four that each of an H100's 132 multiprocessors holds
 
 
 def serves(x: Tensor) -> bool:
@@ -50,43 +50,95 @@ def _as_rows(x: Tensor) -> tuple[Tensor, int]:
     return (x.flatten(0, 1), x.shape[2]) if x.dim() == 4 else (x.reshape(-1, 1, x.shape[-1]), 1)
 
 
+def _tiles(width: int, elements: int = _ELEMENTS) -> dict[str, int]:
+    return {"WIDTH": width, "WIDTH_P": _power_of_two(width), "ROWS": max(1, elements // _power_of_two(width))}
+
+
+def _norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The norm of ``x``, or of ``x + added``, in ``dtype``; and what was normed, as rows."""
+    rows, H = _as_rows(x)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    total = rows if added is None else torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    beside = rows if added is None else added.contiguous()
+    count, sizes = rows.shape[0] * H, _tiles(x.shape[-1])
+    strides = (rows.stride(0), rows.stride(1))
+    with _on(x):
+        grid = (-(-count // sizes["ROWS"]),)
+        _programs().norm_forward[grid](
+            rows, beside, total, weight, y, count, *strides, eps, ADDS=added is not None, H=H, **sizes
+        )
+    return y, total
+
+
+def _norm_backward(
+    dy: Tensor, rows: Tensor, weight: Tensor, eps: float, beside: Tensor | None = None, half: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of what was normed, also in ``half`` where that is given, and of the weight; ``beside`` is added."""
+    T, H, width = rows.shape
+    dx = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+    copy = dx if half is None else torch.empty(rows.shape, dtype=half, device=rows.device)
+    sizes = _tiles(width, _ELEMENTS // 2)  # it holds three tensors
+    programs = min(_PROGRAMS, -(-T * H // sizes["ROWS"]))
+    dw = torch.empty(programs, width, dtype=torch.float32, device=rows.device)
+    other = dy if beside is None else beside
+    with _on(rows):
+        _programs().norm_backward[(programs,)](
+            dy.contiguous(), rows, weight, other.contiguous(), dx, copy, dw, T * H, rows.stride(0), rows.stride(1), eps,
+            programs, ADDS=beside is not None, COPIES=half is not None, H=H, **sizes,
+        )  # fmt: skip
+    return dx, copy, dw.sum(0).to(weight.dtype)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        rows, H = _as_rows(x)
+        y, rows = _norm(x, None, weight, eps, dtype)
         ctx.save_for_backward(rows, weight)
         ctx.eps, ctx.shape = eps, x.shape
-        y = torch.empty(x.shape, dtype=dtype, device=x.device)
-        width = _power_of_two(x.shape[-1])
-        count, tile = rows.shape[0] * H, max(1, _ELEMENTS // width)
-        sizes = {"H": H, "WIDTH": x.shape[-1], "WIDTH_P": width, "ROWS": tile}
-        with _on(x):
-            grid = (-(-count // tile),)
-            _programs().norm_forward[grid](rows, weight, y, count, rows.stride(0), rows.stride(1), eps, **sizes)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        T, H, width = rows.shape
-        dx = torch.empty(ctx.shape, dtype=rows.dtype, device=rows.device)
-        tile = max(1, _ELEMENTS // _power_of_two(width))
-        programs = min(_PROGRAMS, -(-T * H // tile))
-        dw = torch.empty(programs, width, dtype=torch.float32, device=rows.device)
-        sizes = {"H": H, "WIDTH": width, "WIDTH_P": _power_of_two(width), "ROWS": tile}
-        with _on(rows):
-            _programs().norm_backward[(programs,)](
-                dy.contiguous(), rows, weight, dx, dw, T * H, rows.stride(0), rows.stride(1), ctx.eps, programs, **sizes
-            )
-        return dx, dw.sum(0).to(weight.dtype), None, None
+        dx, _, dw = _norm_backward(dy, rows, weight, ctx.eps)
+        return dx.view(ctx.shape), dw, None, None
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        y, rows = _norm(x.contiguous(), added, weight, eps, dtype)
+        ctx.save_for_backward(rows, weight)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.half = eps, added.dtype if added.dtype != x.dtype else None
+        return rows.view(x.shape), y
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            half = d_total if d_total is None or ctx.half is None else d_total.to(ctx.half)
+            return d_total, half, None, None, None
+        rows, weight = ctx.saved_tensors
+        dx, half, dw = _norm_backward(dy, rows, weight, ctx.eps, d_total, ctx.half)
+        return dx.view(dy.shape), half.view(dy.shape), dw, None, None
+
+
+def _read_in(x: Tensor) -> torch.dtype:
+    """In which alone autocast reads what is normed, or x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, in x's dtype, or autocast's, in which alone it
-    is read there."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _Norm.apply(x, weight, eps, dtype)
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, in x's dtype, or autocast's."""
+    return _Norm.apply(x, weight, eps, _read_in(x))
+
+
+def add_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x + added`` in x's dtype, and ``rms_norm`` of it."""
+    return _AddNorm.apply(x, added, weight, eps, _read_in(x))
 
 
 def _turned(x_BTHD: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:

@@ -40,6 +40,13 @@ class RmsNorm(nn.RMSNorm):
         mean_square = torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1]
         return (x * self.weight) * torch.rsqrt(mean_square + NORM_EPS)
 
+    def after(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + added``, and its norm."""
+        if added.shape == x.shape and fused.serves(x):
+            return fused.add_norm(x, added, self.weight, NORM_EPS)
+        x = x + added
+        return x, self(x)
+
 
 def rms_norm(width: int) -> RmsNorm:
     return RmsNorm(width, eps=NORM_EPS)
@@ -246,5 +253,5 @@ class SwaLayer(nn.Module):
         q, k, v = self.attention.split(self.norm(x_BLd))
         if ring_k_BRHD is not None and ring_v_BRHD is not None:
             k, v = torch.cat((ring_k_BRHD, k), dim=1), torch.cat((ring_v_BRHD, v), dim=1)
-        x = x_BLd + self.attention.merge(span.attend(q, k, v))
-        return x + self.mlp(self.mlp_norm(x)), k, v
+        x, normed = self.mlp_norm.after(x_BLd, self.attention.merge(span.attend(q, k, v)))
+        return x + self.mlp(normed), k, v

@@ -17,26 +17,36 @@ def _rows(first, rows, token_stride, head_stride, H: tl.constexpr, ROWS: tl.cons
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_forward(
-    X, W, Y, rows, token_stride, head_stride, eps,
-    H: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, ROWS: tl.constexpr,
+    X, ADDED, SUM, W, Y, rows, token_stride, head_stride, eps,
+    ADDS: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Y [tokens*H, WIDTH] = X / sqrt(mean(X²) + eps) * W; a program has ROWS rows."""
+    """Y [tokens*H, WIDTH] = X / sqrt(mean(X²) + eps) * W; a program has ROWS rows. With ADDS, of SUM = X + ADDED in
+    place of X; both are [tokens*H, WIDTH]."""
     column = tl.arange(0, WIDTH_P)
     row, begin, exists = _rows(tl.program_id(0) * ROWS, rows, token_stride, head_stride, H, ROWS)
     inside = exists[:, None] & (column < WIDTH)[None, :]
+    place = row[:, None] * WIDTH + column[None, :]
     x = tl.load(X + begin[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
     w = tl.load(W + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    if ADDS:
+        total = (x + tl.load(ADDED + place, mask=inside, other=0.0).to(tl.float32)).to(SUM.dtype.element_ty)
+        tl.store(SUM + place, total, mask=inside)
+        x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)
     y = x * scale[:, None] * w[None, :]
-    tl.store(Y + row[:, None] * WIDTH + column[None, :], y.to(Y.dtype.element_ty), mask=inside)
+    tl.store(Y + place, y.to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "PROGRAMS"])
 def norm_backward(
-    DY, X, W, DX, DW, rows, token_stride, head_stride, eps, PROGRAMS,
-    H: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr, ROWS: tl.constexpr,
+    DY, X, W, BESIDE, DX, DX_HALF, DW, rows, token_stride, head_stride, eps, PROGRAMS,
+    ADDS: tl.constexpr, COPIES: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, WIDTH_P: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """DX [tokens*H, WIDTH], and of every program the sum over its rows of W's gradient, DW [PROGRAMS, WIDTH]."""
+    """DX [tokens*H, WIDTH], and of every program the sum over its rows of W's gradient, DW [PROGRAMS, WIDTH].
+
+    With ADDS, DX is added to a gradient BESIDE [tokens*H, WIDTH]; with COPIES it is written to DX_HALF, too.
+    """
     column = tl.arange(0, WIDTH_P)
     w = tl.load(W + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     dw = tl.zeros([ROWS, WIDTH_P], tl.float32)
@@ -51,7 +61,11 @@ def norm_backward(
         wdy = dy * w[None, :]
         along = tl.sum(unit * wdy, 1) / WIDTH
         dx = (wdy - unit * along[:, None]) * scale[:, None]
+        if ADDS:
+            dx += tl.load(BESIDE + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(DX + place, dx.to(DX.dtype.element_ty), mask=inside)
+        if COPIES:
+            tl.store(DX_HALF + place, dx.to(DX_HALF.dtype.element_ty), mask=inside)
         dw += dy * unit
     tl.store(DW + tl.program_id(0) * WIDTH + column, tl.sum(dw, 0), mask=column < WIDTH)
 

@@ -61,6 +61,22 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     _check(run, (_random(*shape, dtype=dtype), 1 + _random(shape[-1], seed=1)), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "half"), [(torch.float32,) * 2, (torch.float32, torch.float16), (torch.float16,) * 2]
+)
+@pytest.mark.parametrize("read", ["both", "sum", "norm"])
+def test_norm_after_an_addition(read: str, dtype: torch.dtype, half: torch.dtype) -> None:
+    def run(x: Tensor, added: Tensor, weight: Tensor) -> Tensor:
+        norm = RmsNorm(24, eps=1e-6)
+        del norm.weight
+        norm.weight = weight  # a tensor that gradients are asked of, in place of a parameter
+        total, normed = norm.after(x, added)
+        return {"both": total + 2 * normed, "sum": total + weight.sum(), "norm": normed}[read]
+
+    inputs = (_random(2, 35, 24, dtype=dtype), _random(2, 35, 24, dtype=half, seed=2), 1 + _random(24, seed=1))
+    _check(run, inputs, TOLERANCE[half])
+
+
 def test_norm_and_rotation_of_heads_within_a_projection() -> None:
     """Queries and keys are strided parts of what was projected."""
     norm, cos_sin = RmsNorm(8, eps=1e-6), rotations(6, 8, 100.0, torch.device("cpu"))

@@ -18,7 +18,9 @@ def _run_all(dtype: torch.dtype) -> None:
     q = x[:, :, :16]
     cos = torch.zeros(96, 1, 32)
     y = fused.rotate(fused.rms_norm(q, torch.ones(64, requires_grad=True), 1e-6), cos, cos)
-    z = fused.gated(fused.rms_norm(x.flatten(2).float(), torch.ones(1280, requires_grad=True), 1e-6).to(dtype))
+    wide, weight = x.flatten(2).float(), torch.ones(1280, requires_grad=True)
+    total, normed = fused.add_norm(wide, x.flatten(2), weight, 1e-6)
+    z = fused.gated((total + normed).to(dtype))
     loss = fused.cross_entropy(z.flatten(0, 1), torch.zeros(192, dtype=torch.int64))
     (y.sum() + loss.sum()).backward()
 

@@ -113,6 +113,7 @@ def check_fused() -> None:
     cases: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
         "norm of heads": ((2, 2050, 20, 64), lambda x: norm(x[:, :, :16])),
         "norm": ((2, 2050, 1000), wide),
+        "norm after an addition": ((2, 2050, 1000), lambda x: torch.cat(wide.after(x, 0.5 * x))),
         "rotation": ((2, 2050, 20, 64), lambda x: rotate(x[:, :, 2:18], cos, sin)),
         "gate": ((2, 2050, 16), mlp),
         "loss": ((2, 50, 50_304), _loss_of),
