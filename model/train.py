@@ -218,7 +218,9 @@ class _Run:
             self._save()
 
     def _diverged(self, loss: float, norm: float) -> str:
-        line = f"step {self.step} has the loss {loss} and a gradient of norm {norm}: lower lr or clip, or look at the data"
+        line = (
+            f"step {self.step} has the loss {loss} and a gradient of norm {norm}: lower lr or clip, or look at the data"
+        )
         if found := states(self.out):
             line += f"; the state of {found[-1].name} is from before"
         return line

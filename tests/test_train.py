@@ -182,7 +182,7 @@ def test_a_gradient_that_is_no_number_is_not_saved(recipe: TrainConfig, monkeypa
         return real(parameters, clip) * (torch.nan if next(calls) == 3 else 1.0)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
-    with pytest.raises(TrainingError, match="step 4 has .* norm nan: .*; the state of step-00000002 is from before"):
+    with pytest.raises(TrainingError, match=r"step 4 has .* norm nan: .*; the state of step-00000002 is from before"):
         train(dataclasses.replace(recipe, steps=6, save_every=2, keep=1))
     assert [path.name for path in states(Path(recipe.out))] == ["step-00000002"]
 
