@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
-from hsa_compile.ir import ChunkSelect, Problem
+from hsa_compile.ir import AnyProblem, ChunkSelect
 from hsa_compile.schedules.builder import compiler
 
 _STATICS = {
@@ -31,7 +31,7 @@ class KernelObjects(Protocol):
     symbol of its ``hsa_kernel`` and the name of the CPU level that it runs on."""
 
     @property
-    def problem(self) -> Problem: ...
+    def problem(self) -> AnyProblem: ...
     @property
     def objects(self) -> Sequence[Path]: ...
     @property
@@ -75,7 +75,7 @@ def kernel_table(kernels: Sequence[KernelObjects]) -> str:
     """
     if not kernels:
         raise LibraryError("no kernels given: without any, run the model without the library")
-    seen: set[Problem] = set()
+    seen: set[AnyProblem] = set()
     for kernel in kernels:
         if kernel.problem.dtype != "float32":
             raise LibraryError(
