@@ -68,8 +68,8 @@ class Artifact:
 
     @property
     def objects(self) -> list[Path]:
-        """Relocatable objects of a CPU kernel alone, to link into another library."""
-        return [self.directory / "program.o", self.directory / "glue.o"]
+        """Relocatable objects of the kernel alone, to link into another library."""
+        return sorted(self.directory.glob("*.o"))
 
 
 def cache_directory() -> Path:

@@ -2,8 +2,8 @@
 ``schedules/worker.py``.
 
 A request names a directory and a build request; the answer is the kernel's C symbol. Written there: sources of the
-launches (TileLang's kernels and their launchers), table.cu (the C interface), kernel.so and resources.json (registers,
-spills and shared memory of each kernel).
+launches (TileLang's kernels and their launchers), table.cu (the C interface), an object of each, kernel.so and
+resources.json (registers, spills and shared memory of each kernel).
 """
 
 from __future__ import annotations
@@ -158,8 +158,6 @@ def main(directory: Path, request: dict[str, Any]) -> str:
     same = ["-Xlinker", "--allow-multiple-definition"]
     link = [cuda_compiler(), "-shared", "-cudart", "static", *same, *objects, "-o", "kernel.so"]
     subprocess.run(link, cwd=directory, check=True)
-    for name in objects:
-        (directory / name).unlink()
     return symbol
 
 
