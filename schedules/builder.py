@@ -68,7 +68,7 @@ class Artifact:
 
     @property
     def objects(self) -> list[Path]:
-        """Relocatable objects of the kernel alone, to link into another library."""
+        """Relocatable objects of the kernel alone, to link into another library; those of a GPU's need CUDA's runtime."""
         return sorted(self.directory.glob("*.o"))
 
 

@@ -26,7 +26,7 @@ Seed = Annotated[int, typer.Option(help="Makes the run repeatable.")]
 # define them are not imported to say --help.
 _USER_ERRORS = {
     "BuildError", "BundleError", "CheckpointError", "ConfigError", "DataError", "JournalError", "LibraryError",
-    "ProblemError", "RecordError", "ScheduleError", "TargetError", "TrainingError",
+    "MeasurementError", "ProblemError", "RecordError", "ScheduleError", "TargetError", "TrainingError",
 }  # fmt: skip
 _EXTRAS = {
     "torch": "train", "safetensors": "train", "matplotlib": "train", "tokenizers": "tokenizers", "onnx": "export",
