@@ -18,7 +18,7 @@ STANDARD_OPSET = 24  # the first with TensorScatter, which the models need for t
 # K columns of -inf follow, so that K may exceed the number of chunks; they and what is not visible come out as -1.
 _CHUNK_SELECT = """
 <domain: "hsa", opset_import: ["" : 24], doc_string: "The K best visible chunks of every token and kv head">
-ChunkSelect <kv_heads, chunk_size, top_k, window: int = 0> (q_r, landmark, position, chunks) => (indices, scores)
+ChunkSelect <kv_num_heads, chunk_size, top_k, window: int = 0> (q_r, landmark, position, chunks) => (indices, scores)
 {
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
@@ -28,7 +28,7 @@ ChunkSelect <kv_heads, chunk_size, top_k, window: int = 0> (q_r, landmark, posit
   axes_13 = Constant <value_ints: ints = [1, 3]> ()
   zero_f = Constant <value_float: float = 0.0> ()
   nothing = Constant <value = float {-inf}> ()
-  Hkv = Constant <value_int: int = @kv_heads> ()
+  Hkv = Constant <value_int: int = @kv_num_heads> ()
   S = Constant <value_int: int = @chunk_size> ()
   K = Constant <value_int: int = @top_k> ()
   W = Constant <value_int: int = @window> ()
@@ -96,7 +96,7 @@ ChunkSelect <kv_heads, chunk_size, top_k, window: int = 0> (q_r, landmark, posit
 # Without chunks there is nothing to gather from, so K is cut to 0 then and the sums are over nothing.
 _CHUNK_ATTENTION = """
 <domain: "hsa", opset_import: ["" : 24], doc_string: "Attention to the selected chunks, a softmax inside each">
-ChunkAttention <chunk_size, off_by_one: int = 0> (q, k, v, indices, weights) => (o)
+ChunkAttention <chunk_size, off_by_one: int = 0, scale: float = 0.0> (q, k, v, indices, weights) => (o)
 {
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
@@ -163,7 +163,11 @@ ChunkAttention <chunk_size, off_by_one: int = 0> (q, k, v, indices, weights) => 
   dot = MatMul (q_BLHGD, k_BLHDN)
   D_f = Cast <to = 1> (D)
   root = Sqrt (D_f)
-  logits = Div (dot, root)
+  usual = Reciprocal (root)
+  given = Constant <value_float: float = @scale> ()
+  is_given = Greater (given, zero_f)
+  logit_scale = Where (is_given, given, usual)
+  logits = Mul (dot, logit_scale)
   chunk_shape = Concat <axis = 0> (B, L, Hkv, G, K, Ss)
   s = Reshape <allowzero = 1> (logits, chunk_shape)
 

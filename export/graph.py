@@ -152,7 +152,7 @@ def _translations() -> dict[Any, Any]:
     def select(
         q_r: Any, landmark: Any, position: Any, chunks: Any, kv_heads: int, chunk_size: int, top_k: int, window: int = 0
     ) -> Any:
-        sizes = {"kv_heads": kv_heads, "chunk_size": chunk_size, "top_k": top_k, "window": window}
+        sizes = {"kv_num_heads": kv_heads, "chunk_size": chunk_size, "top_k": top_k, "window": window}
         return _hsa.ChunkSelect(q_r, landmark, position, chunks, **sizes)
 
     def attention(q: Any, k: Any, v: Any, indices: Any, weights: Any, chunk_size: int, off_by_one: bool = False) -> Any:
