@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +12,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export_kit import FUSED, naive_kernel
+from export_kit import CONFIG, FUSED, naive_kernel, shared_bundle
 from hsa_compile.dispatch import use_backend
 from hsa_compile.export import bundle as bundles
 from hsa_compile.export.binding import StepError
@@ -29,16 +25,10 @@ from hsa_compile.export.package import export_bundle
 from hsa_compile.export.sampling import Sampler
 from hsa_compile.export.session import Session
 from hsa_compile.export.state import CapacityError
-from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
 from hsa_compile.schedules import build
 from kit import lively
 
-CONFIG = ModelConfig(
-    vocab_size=50, d_model=32, mlp_dim=48, lower_layers=1, upper_layers=1, n_groups=1, swa_heads=4, swa_kv_heads=2,
-    swa_head_dim=8, window=7, chunk_size=4, hsa_heads=4, hsa_kv_heads=2, hsa_head_dim=8, retrieval_heads=1,
-    retrieval_dim=8, top_k=3, train_top_k=3, off_by_one=True, leave_window=True,
-)  # fmt: skip
 TOLERANCE = 1e-5
 
 
@@ -48,16 +38,8 @@ def model() -> HsaModel:
 
 
 @pytest.fixture(scope="module")
-def bundle(model: HsaModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With naive kernels; made once for all test processes, as exporting takes most of their time."""
-    shared = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else None
-    directory = shared / "bundle" if shared else tmp_path_factory.mktemp("bundle")
-    directory.mkdir(exist_ok=True)
-    with FileLock(directory / "lock"):
-        if not (directory / "tiny").exists():
-            kernels = [naive_kernel(problem, directory) for problem in CONFIG.problems()]
-            export_bundle(model, directory / "tiny", kernels, external_data_above=0)
-    return directory / "tiny"
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shared_bundle(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -450,24 +432,3 @@ def test_export_refuses_what_it_cannot_do(model: HsaModel, bundle: Path, tmp_pat
         export_bundle(HsaModel(CONFIG).double(), tmp_path / "b")
     assert not (tmp_path / "b").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
-
-
-RUN_BARE = """
-import sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "tvm", "onnx", "onnxscript", "tilelang", "triton"):
-            raise ImportError(f"{name} is blocked")
-sys.meta_path.insert(0, Block())
-from hsa_compile.export import Session
-session = Session(sys.argv[1], fused=sys.argv[2] == "True")
-print(list(session.generate([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 8)))
-"""
-
-
-def test_runs_with_numpy_and_onnxruntime_alone(bundle: Path) -> None:
-    printed = []
-    for fused in ("True", "False"):
-        command = [sys.executable, "-c", RUN_BARE, str(bundle), fused]
-        printed.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert printed[0] == printed[1] == f"{list(Session(bundle).generate(range(1, 11), 8))}\n"
