@@ -96,7 +96,7 @@ ChunkSelect <kv_num_heads, chunk_size, top_k, window: int = 0> (q_r, landmark, p
 # Without chunks there is nothing to gather from, so K is cut to 0 then and the sums are over nothing.
 _CHUNK_ATTENTION = """
 <domain: "hsa", opset_import: ["" : 24], doc_string: "Attention to the selected chunks, a softmax inside each">
-ChunkAttention <chunk_size, off_by_one: int = 0> (q, k, v, indices, weights) => (o)
+ChunkAttention <chunk_size, off_by_one: int = 0, scale: float = 0.0> (q, k, v, indices, weights) => (o)
 {
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
@@ -163,7 +163,11 @@ ChunkAttention <chunk_size, off_by_one: int = 0> (q, k, v, indices, weights) => 
   dot = MatMul (q_BLHGD, k_BLHDN)
   D_f = Cast <to = 1> (D)
   root = Sqrt (D_f)
-  logits = Div (dot, root)
+  usual = Reciprocal (root)
+  given = Constant <value_float: float = @scale> ()
+  is_given = Greater (given, zero_f)
+  logit_scale = Where (is_given, given, usual)
+  logits = Mul (dot, logit_scale)
   chunk_shape = Concat <axis = 0> (B, L, Hkv, G, K, Ss)
   s = Reshape <allowzero = 1> (logits, chunk_shape)
 

@@ -21,7 +21,7 @@ index -1 and score 0. Rows of landmark from chunks[b] on are not looked at.
 """
 
 _ATTENTION_DOC = """
-o[t,h] = sum_k weights[t,g,k] * softmax_j(q[t,h]·k[c,j]/sqrt(D)) · v[c,j], c = indices[t,g,k], g the kv head of h.
+o[t,h] = sum_k weights[t,g,k] * softmax_j(q[t,h]·k[c,j]*scale) · v[c,j], c = indices[t,g,k], g the kv head of h.
 Slots with index -1 contribute nothing. With off_by_one, 1 is added to the softmax denominators.
 """
 
@@ -39,7 +39,7 @@ def _schema(
     doc: str,
     inputs: dict[str, tuple[str, str]],
     outputs: dict[str, tuple[str, str]],
-    attributes: dict[str, tuple[str, int | None]],
+    attributes: dict[str, tuple[str, float | None]],
 ) -> Any:
     """Inputs and outputs are (type, shape) by name, attributes (meaning, default), None where one must be given."""
     return defs.OpSchema(
@@ -50,11 +50,12 @@ def _schema(
         inputs=[defs.OpSchema.FormalParameter(n, *about) for n, about in inputs.items()],
         outputs=[defs.OpSchema.FormalParameter(n, *about) for n, about in outputs.items()],
         type_constraints=_TYPES,
-        attributes=[_integer(n, *about) for n, about in attributes.items()],
+        attributes=[_attribute(n, *about) for n, about in attributes.items()],
     )
 
 
-def _integer(name: str, doc: str, default: int | None) -> Any:
+def _attribute(name: str, doc: str, default: float | None) -> Any:
+    """Of the default's type; an integer where there is none."""
     if default is None:
         return defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.INT, doc, required=True)
     return defs.OpSchema.Attribute(name, make_attribute(name, default), doc)
@@ -95,6 +96,7 @@ _SCHEMAS = (
         attributes={
             "chunk_size": ("S, tokens of a chunk", None),
             "off_by_one": ("1: add 1 to the softmax denominators", 0),
+            "scale": ("factor of the logits; 0 for 1/sqrt(D)", 0.0),
         },
     ),
     _schema(

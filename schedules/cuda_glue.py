@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from hsa_compile.ir import Problem
+from hsa_compile.ir import AnyProblem
 from hsa_compile.ir.programs import GpuProgram, Launch
 from hsa_compile.schedules.glue import DIMS, DTYPE_SIZE
 
@@ -115,7 +115,7 @@ def _tensor_map(x: TensorMap, pointer: str) -> list[str]:
     ]
 
 
-def table_source(program: GpuProgram, problem: Problem, pass_name: str, symbols: list[str]) -> tuple[str, str]:
+def table_source(program: GpuProgram, problem: AnyProblem, pass_name: str, symbols: list[str]) -> tuple[str, str]:
     """Returns the C symbol of the ``hsa_cuda_kernel`` and the C++ source that defines it.
 
     Args:

@@ -2,8 +2,8 @@
 ``schedules/worker.py``.
 
 A request names a directory and a build request; the answer is the kernel's C symbol. Written there: sources of the
-launches (TileLang's kernels and their launchers), table.cu (the C interface), kernel.so and resources.json (registers,
-spills and shared memory of each kernel).
+launches (TileLang's kernels and their launchers), table.cu (the C interface), an object of each, kernel.so and
+resources.json (registers, spills and shared memory of each kernel).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ os.environ.setdefault("TILELANG_PRINT_ON_COMPILATION", "0")
 
 from tilelang.env import CUTLASS_INCLUDE_DIR, TILELANG_TEMPLATE_PATH
 
-from hsa_compile.ir import Problem, problem_from_dict
+from hsa_compile.ir import AnyProblem, any_problem_from_dict
 from hsa_compile.ir.programs import GpuProgram, GpuTile
 from hsa_compile.schedules.builder import cache_directory, cuda_compiler
 from hsa_compile.schedules.cuda_glue import Lowered, launcher_source, table_source
@@ -40,13 +40,14 @@ from hsa_compile.schedules.worker import serve
 HOST = Path(__file__).parent / "host"
 
 
-def program_for(problem: Problem, pass_name: str, tile: GpuTile) -> GpuProgram:
+def program_for(problem: AnyProblem, pass_name: str, tile: GpuTile) -> GpuProgram:
     """The GPU program of an operator's pass."""
     module = {
         ("chunk_attention", "forward"): "attention",
         ("chunk_attention", "backward"): "attention_backward",
         ("chunk_select", "forward"): "select",
         ("chunk_select", "backward"): "select_backward",
+        ("sliding_window", "forward"): "window",
     }[problem.op, pass_name]
     return importlib.import_module(f"hsa_compile.ir.programs.gpu.{module}").program(problem, tile)
 
@@ -140,7 +141,7 @@ def _resources(report: str) -> dict[str, int]:
 
 
 def main(directory: Path, request: dict[str, Any]) -> str:
-    problem, target = problem_from_dict(request["problem"]), resolve_gpu(request["target"])
+    problem, target = any_problem_from_dict(request["problem"]), resolve_gpu(request["target"])
     program = program_for(problem, request["pass"], GpuTile(**request["tile"]))
     prefix = f"hsa_{problem.digest}_{request['pass']}"
     kernels = [lower(launch, f"{prefix}_{launch.symbol}", target) for launch in program.launches]
@@ -157,8 +158,6 @@ def main(directory: Path, request: dict[str, Any]) -> str:
     same = ["-Xlinker", "--allow-multiple-definition"]
     link = [cuda_compiler(), "-shared", "-cudart", "static", *same, *objects, "-o", "kernel.so"]
     subprocess.run(link, cwd=directory, check=True)
-    for name in objects:
-        (directory / name).unlink()
     return symbol
 
 

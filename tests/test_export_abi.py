@@ -30,6 +30,7 @@ def test_slots_are_those_of_the_official_headers(tmp_path: Path) -> None:
     headers = _headers()
     text = ABI.read_text()
     slots = re.findall(r"X\((\d+), (\w+),", text)
+    allocator = re.findall(r"\(\*(\w+)\)", text[text.index("struct Allocator {") : text.index("struct ApiBase")])
     struct = text[text.index("struct CustomOp {") : text.index("static_assert")]
     fields = re.findall(r"\(\*(\w+)\)", struct)
     assert len(slots) > 20
@@ -38,7 +39,11 @@ def test_slots_are_those_of_the_official_headers(tmp_path: Path) -> None:
     lines += [
         f'static_assert(offsetof(OrtCustomOp, {name}) == offsetof(ort::CustomOp, {name}), "{name}");' for name in fields
     ]
-    elements = {"kFloat": "FLOAT", "kInt32": "INT32", "kInt64": "INT64"}
+    lines += [
+        f'static_assert(offsetof(OrtAllocator, {name}) == offsetof(ort::Allocator, {name}), "{name}");'
+        for name in allocator
+    ]
+    elements = {"kFloat": "FLOAT", "kInt32": "INT32", "kInt64": "INT64", "kFloat16": "FLOAT16", "kBFloat16": "BFLOAT16"}
     lines += [
         f"static_assert(int(ort::{own}) == ONNX_TENSOR_ELEMENT_DATA_TYPE_{name});" for own, name in elements.items()
     ]

@@ -179,23 +179,23 @@ def test_window_in_pytorch(shape: tuple[int, ...]) -> None:
         assert_window([y.numpy() for y in sliding_window(*x)], window_by_definition(*x), 2e-6)
 
 
-@pytest.mark.parametrize("element", [onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("shape", WINDOWS, ids=str)
-def test_window_as_a_function(shape: tuple[int, ...], element: int) -> None:
+def test_window_as_a_function(shape: tuple[int, ...], dtype: str) -> None:
     """The body in ONNX Runtime, past and present in one place, and in the ONNX reference evaluator."""
-    proto = operator_model("SlidingWindow", element)
+    proto = operator_model("SlidingWindow", dtype)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     evaluator = ReferenceEvaluator(proto)
-    kind = np.float32 if element == onnx.TensorProto.FLOAT else np.float16
+    kind = np.dtype(dtype)
     names = [i.name for i in proto.graph.input]
     for seed, (L, positions) in enumerate(window_cases(shape[1], shape[0])):
         x = window_inputs(*shape, L, positions, seed)
         x = (*(y.to(torch.from_numpy(np.zeros(0, kind)).dtype) for y in x[:5]), *x[5:])
         want = window_by_definition(*x)
         feeds = {name: y.numpy() for name, y in zip(names, x)}
-        tolerance = 2e-6 if kind == np.float32 else 2e-3
+        tolerance = 2e-6 if dtype == "float32" else 2e-3
         assert_window(evaluator.run(None, feeds), want, tolerance)
         bound, places = session.io_binding(), {name: np.ascontiguousarray(y) for name, y in feeds.items()}
         o = np.full(x[0].shape, np.nan, kind)
