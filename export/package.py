@@ -13,7 +13,7 @@ from typing import Any
 
 from hsa_compile.export.bundle import GRAPH, LIBRARY, MANIFEST, README, BundleError, Manifest, write_manifest
 from hsa_compile.export.graph import EXPORTED, EXTERNAL_DATA_ABOVE, export_graph, graph_dtype, state_specs
-from hsa_compile.export.library import KernelObjects, LibraryError, build_library
+from hsa_compile.export.library import KernelObjects, LibraryError, Served, build_library
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
 from hsa_compile.schedules import choose
@@ -24,7 +24,7 @@ BYTES_TOKENIZER = {"kind": "bytes"}
 def export_bundle(
     model: HsaModel,
     directory: Path,
-    kernels: Sequence[KernelObjects] = (),
+    kernels: Sequence[KernelObjects | Served] = (),
     tokenizer: dict[str, Any] | None = None,
     external_data_above: int = EXTERNAL_DATA_ABOVE,
 ) -> Path:
@@ -33,8 +33,8 @@ def export_bundle(
     Args:
         model: on the CPU, in float32, float16 or bfloat16, which becomes the bundle's type.
         directory: the bundle; an existing bundle there is replaced, anything else is refused.
-        kernels: ``schedules.build`` of each of ``model.config.problems()``; without any, the bundle has no
-            library and runs by the operators' function bodies alone.
+        kernels: ``hsa_compile.kernels.exported``; without any, the bundle has no library and runs by the operators'
+            function bodies alone.
         tokenizer: plain data that says how text becomes ids; bytes by default.
         external_data_above: see ``graph.export_graph``.
 
@@ -52,44 +52,48 @@ def export_bundle(
     directory = Path(directory)
     if directory.exists() and not (directory / MANIFEST).is_file():
         raise BundleError(f"{directory} exists and is not a bundle; choose another place or remove it")
-    _check_kernels(model.config, kernels, dtype)
+    served = [one if isinstance(one, Served) else Served(one) for one in kernels]
+    _check_kernels(model.config, served, dtype)
     directory.parent.mkdir(parents=True, exist_ok=True)
     manifest = Manifest(
         model=json.loads(json.dumps(model.config.to_dict())),
         tokenizer=tokenizer or BYTES_TOKENIZER,
         state=state_specs(model.config, dtype),
         dtype=dtype,
-        targets=tuple(sorted({kernel.target for kernel in kernels})),
-        kernels=tuple(_origin(kernel) for kernel in kernels),
+        targets=tuple(sorted({one.kernel.target for one in served})),
+        kernels=tuple(_origin(one) for one in served),
         versions={name: version(name) for name in ("hsa-compile", "torch", "onnx", "onnxruntime")},
     )
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
         made = Path(scratch) / "bundle"
         made.mkdir()
         export_graph(model, made / GRAPH, external_data_above)
-        if kernels:
-            build_library(kernels, made / LIBRARY)
+        if served:
+            build_library(served, made / LIBRARY)
         (made / README).write_text(_readme(directory.name, manifest))
         write_manifest(made, manifest, [path.name for path in made.iterdir()])
         _replace(made, directory, Path(scratch))
     return directory
 
 
-def _check_kernels(config: ModelConfig, kernels: Sequence[KernelObjects], dtype: str) -> None:
-    have = {kernel.problem for kernel in kernels}
+def _check_kernels(config: ModelConfig, served: Sequence[Served], dtype: str) -> None:
+    """On GPUs plain kernels serve what no compiled one does; on CPUs, windows alone have their function body."""
+    have = {one.kernel.problem for one in served if one.kernel.target.startswith("cpu:")}
     needed = config.problems(dtype=dtype)  # type: ignore[arg-type]
-    if missing := [problem for problem in needed if kernels and problem not in have]:
+    if missing := [problem for problem in needed if have and problem not in have]:
         raise LibraryError(f"kernels given, but none for {', '.join(map(str, missing))}; see ModelConfig.problems")
 
 
-def _origin(kernel: KernelObjects) -> dict[str, str]:
+def _origin(one: Served) -> dict[str, str]:
     """A kernel's line in the manifest."""
-    choice = choose(kernel.problem, "forward", kernel.target)
+    kernel = one.kernel
+    choice = choose(kernel.problem, "forward", kernel.target, one.length or 1)
     schedule = {"default": "hand-picked", "environment": "given by the environment"}.get(choice.origin, "")
     if choice.record is not None:
         record, measured = choice.record.record, choice.record.record.measured
         schedule = f"record {choice.record.shelf.path.name}, L >= {record.length}, measured {measured.date}"
-    return {"kernel": kernel.problem.op, "target": kernel.target, "schedule": schedule}
+    name = f"{kernel.problem.op}, L >= {one.length}" if one.length else kernel.problem.op
+    return {"kernel": f"{name}, {kernel.problem.dtype}", "target": kernel.target, "schedule": schedule}
 
 
 _README = """# {name}

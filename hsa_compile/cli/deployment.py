@@ -67,7 +67,7 @@ def export(
         import torch
 
         from hsa_compile.export import export_bundle
-        from hsa_compile.kernels import build_all
+        from hsa_compile.kernels import exported
         from hsa_compile.model.checkpoint import load_checkpoint
         from hsa_compile.schedules.target import resolve_any
 
@@ -77,7 +77,7 @@ def export(
         with spinner("exporting") as say:
             model = load_checkpoint(checkpoint).eval().to(getattr(torch, dtype))
             say("kernels")
-            kernels = [k for name in targets for k in build_all(model.config, training=False, target=name, dtype=dtype)]
+            kernels = exported(model.config, targets, dtype)
             say("graph")
             export_bundle(model, output, kernels)
         console.print(f"bundle {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
