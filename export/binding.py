@@ -83,6 +83,7 @@ class Binding:
         segment: dict[str, Ids] = {
             "input_ids": ids,
             "lengths": lengths,
+            "rows": np.arange(B),
             "tokens": np.arange(L),
             "upper": np.arange(L - upper, L),
             "logits_at": logits_at,
@@ -120,12 +121,13 @@ class Decoder:
         self.inputs = {
             "input_ids": shared((B, 1), "int64"),
             "lengths": shared((B,), "int64"),
+            "rows": shared((B,), "int64"),
             "tokens": shared((1,), "int64"),
             "upper": shared((1,), "int64"),
             "logits_at": shared((B, 1), "int64"),
         }
         self.completing = [shared((B, n), "int64") for n in (0, 1)]
-        self.completing[1].host[:, 0] = np.arange(B)  # type: ignore[index]
+        self.completing[1].host[:, 0] = self._host("rows")[:] = np.arange(B)  # type: ignore[index]
         self.token, self.logits = shared((B, 1), "int64"), shared((B, 1, vocab_size), "float32")
         self._bound: dict[int, tuple[_Bound, int | None]] = {}
         self._generation = -1

@@ -139,6 +139,7 @@ def _example(config: ModelConfig, dtype: str) -> tuple[Any, ...]:
     segment = Segment(
         input_ids=torch.zeros(B, L, dtype=torch.int64),
         lengths=torch.full((B,), L),
+        rows=torch.arange(B),
         tokens=torch.arange(L),
         upper=torch.arange(L - 2, L),
         logits_at=torch.zeros(B, 4, dtype=torch.int64),
@@ -154,8 +155,8 @@ def _dynamic_shapes(model: HsaModel) -> tuple[Any, ...]:
     rows = {0: batch, 1: model.config.chunk_size * capacity}
     rings = [{0: batch}] * len(model.swa_layers())
     return (
-        {0: batch, 1: segment}, {0: batch}, {0: segment}, {0: upper}, {0: batch, 1: wanted}, {0: batch, 1: completing},
-        {0: batch}, {0: batch}, rings, rings, rows, rows, {0: batch, 1: capacity},
+        {0: batch, 1: segment}, {0: batch}, {0: batch}, {0: segment}, {0: upper}, {0: batch, 1: wanted},
+        {0: batch, 1: completing}, {0: batch}, {0: batch}, rings, rings, rows, rows, {0: batch, 1: capacity},
     )  # fmt: skip
 
 
@@ -187,10 +188,6 @@ def _translations() -> dict[Any, Any]:
             raise ValueError("only integers are divided with rounding here, towards zero")
         return _standard.Div(x, _standard.Constant(value_int=int(divisor)))
 
-    def take_rows(x: Any, index: Any) -> Any:
-        last = _standard.Constant(value_ints=[-1])
-        return _standard.GatherND(x, _standard.Unsqueeze(index, last), batch_dims=1)
-
     ops = torch.ops.hsa
     return {
         ops.chunk_select.default: select,
@@ -198,7 +195,6 @@ def _translations() -> dict[Any, Any]:
         ops.sliding_window.default: window,
         ops.cache_write.default: cache_write,
         ops.rotary.default: rotary,
-        ops.take_rows.default: take_rows,
         torch.ops.aten.div.Tensor_mode: whole_part,
     }
 
@@ -269,6 +265,7 @@ def _name_dimensions(proto: onnx.ModelProto, config: ModelConfig) -> None:
     shapes: dict[str, tuple[str | int, ...]] = {
         "input_ids": ("batch", "segment"),
         "lengths": ("batch",),
+        "rows": ("batch",),
         "tokens": ("segment",),
         "upper": ("upper",),
         "logits_at": ("batch", "wanted"),

@@ -3,10 +3,12 @@
 It is composed of the model's own layers. What differs from ``HsaModel.step`` is what they are given: windows over rings
 of W slots, a whole chunk of room for the unfinished one, and index tensors from outside, whose lengths are the only
 dynamic shapes. So no shape depends on a value, nothing computes with shapes at all, and each state tensor is read by
-one operator before anything is written in its place: a runtime may bind inputs and outputs to the same buffers.
+one operator before anything is written in its place: a runtime may bind inputs and outputs to the same buffers. What
+ONNX Runtime computes from tables in host memory (GatherND, Concat and Split of different sizes) is not used, as a CUDA
+graph would read the tables where they no longer are.
 
 Shape letters: B batch, L tokens of the segment, u its last tokens, on which the upper half runs, w tokens whose logits
-are wanted, n chunks a row for the encoder, S tokens a chunk, W window, d model width, V vocabulary, T = S + L.
+are wanted, n chunks a row for the encoder, S tokens a chunk, W window, d model width, V vocabulary, m rows taken.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsa_compile.export.window import rotary, sliding_window, take_rows
+from hsa_compile.export.window import rotary, sliding_window
 from hsa_compile.model.encoder import Memory
 from hsa_compile.model.model import HsaModel
 
@@ -28,6 +30,7 @@ class Segment(NamedTuple):
     Attributes:
         input_ids: [B, L].
         lengths: [B], how many of its L tokens each row takes, from the left, 0 … L.
+        rows: [B], 0 … B - 1.
         tokens: [L], 0 … L - 1.
         upper: [u], L - u … L - 1, u >= 1: the tokens that the upper half runs on. Of a prompt that is read in segments,
             those before the last ``U * (W - 1) + 1`` tokens need not be among them (``model.prefill``).
@@ -38,6 +41,7 @@ class Segment(NamedTuple):
 
     input_ids: Tensor
     lengths: Tensor
+    rows: Tensor
     tokens: Tensor
     upper: Tensor
     logits_at: Tensor
@@ -56,6 +60,7 @@ class StaticStep(nn.Module):
         self,
         input_ids: Tensor,
         lengths: Tensor,
+        rows: Tensor,
         tokens: Tensor,
         upper: Tensor,
         logits_at: Tensor,
@@ -75,7 +80,9 @@ class StaticStep(nn.Module):
         cos, sin = self._rotations(before[:, None] + tokens)
         lower = Windows(swa_k[:n], swa_v[:n], before, lengths, cos, sin)
         x = model.lower_half(input_ids, lower)  # type: ignore[arg-type]
-        memory, pending = self._remember(x, Memory(mem_k, mem_v, landmark), pending, before, after, completing)
+        memory = Memory(mem_k, mem_v, landmark)
+        length = tokens[-1:] + 1
+        memory, pending = self._remember(x, memory, pending, before, after, completing, rows, length)
 
         first = upper[:1]
         begin, count = before + first, (lengths - first).clamp(min=0)
@@ -83,9 +90,11 @@ class StaticStep(nn.Module):
         above = Windows(swa_k[n:], swa_v[n:], begin, count, cos, sin)
         chunks = after.div(self.S, rounding_mode="trunc")
         x = model.upper_half(x.index_select(1, upper), above, memory, begin, chunks)  # type: ignore[arg-type]
-        logits = model.head(model.norm(take_rows(x, logits_at))).float()
+        wanted = (rows * (length - first))[:, None] + logits_at
+        logits = model.head(model.norm(F.embedding(wanted, x.flatten(0, 1)))).float()
+        likeliest = logits.topk(1).indices.squeeze(-1)  # argmax is cuDNN's on a GPU, which a CUDA graph may not hold
         rings = ([*lower.new_k, *above.new_k], [*lower.new_v, *above.new_v])
-        return logits, logits.argmax(-1), after, pending, *rings, *memory
+        return logits, likeliest, after, pending, *rings, *memory
 
     @property
     def S(self) -> int:
@@ -101,31 +110,45 @@ class StaticStep(nn.Module):
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
     def _remember(
-        self, x_BLd: Tensor, memory: Memory, pending_BSd: Tensor, before: Tensor, after: Tensor, completing: Tensor
+        self,
+        x_BLd: Tensor,
+        memory: Memory,
+        pending_BSd: Tensor,
+        before: Tensor,
+        after: Tensor,
+        completing: Tensor,
+        rows: Tensor,
+        length: Tensor,
     ) -> tuple[Memory, Tensor]:
-        """The memory with n more chunks of every row, and the unfinished chunk after the segment.
+        """The memory with n more chunks of every row, and the unfinished chunk after the segment of ``length`` tokens.
 
         The tokens of a row from the start of its unfinished chunk on are numbered from 0; the first r of them are in
         ``pending``, the others in the segment.
         """
-        S = self.S
+        S, place_S = self.S, torch.arange(self.S)
         done = before.div(S, rounding_mode="trunc")
         r_B1 = (before - done * S)[:, None]
-        joined_BTd = torch.cat((pending_BSd, x_BLd), dim=1)
-        last_B1 = (after - before)[:, None] + (S - 1)
-        place_S = torch.arange(S)
+        last_B1 = (after - before)[:, None] - 1  # of the row's tokens in the segment, -1 where it takes none
+        # The only reader of `pending`, as it may be written in place.
+        held = torch.where((place_S < r_B1)[..., None], pending_BSd, 0.0).flatten(0, 1)
+        segment = x_BLd.flatten(0, 1)
 
         def take(token_Bm: Tensor) -> Tensor:
-            index = torch.where(token_Bm < r_B1, token_Bm, token_Bm + S - r_B1)
-            return take_rows(joined_BTd, torch.where(index < last_B1, index, last_B1))
+            """Tokens by number; where there is none yet, any other."""
+            old, ahead = token_Bm < r_B1, token_Bm - r_B1
+            place = torch.where(ahead < last_B1, ahead, last_B1).clamp(min=0)
+            from_held = F.embedding(rows[:, None] * S + torch.where(old, token_Bm, 0), held)
+            from_segment = F.embedding((rows * length)[:, None] + place, segment)
+            return torch.where(old[..., None], from_held, from_segment)
 
         number_Bn = completing - completing[:, :1]
         chunks = take((number_Bn[..., None] * S + place_S).flatten(1)).view(1, -1, S, x_BLd.shape[-1])
         new: Memory = self.model.encoder(chunks)  # type: ignore[misc]
         written = []
-        for cache, rows, tokens in zip(memory, new, (S, S, 1)):
-            flat = rows.reshape(-1, tokens * rows.shape[2] * rows.shape[3])  # [B * n, ...], back into rows of the batch
-            update = F.embedding(completing, flat).view(completing.shape[0], -1, *rows.shape[2:])
+        for cache, encoded, tokens in zip(memory, new, (S, S, 1)):
+            heads = encoded.shape[2:]
+            flat = encoded.reshape(-1, tokens * heads.numel())  # [B * n, ...], back into rows of the batch
+            update = F.embedding(completing, flat).view(completing.shape[0], -1, *heads)
             written.append(torch.ops.hsa.cache_write(cache, update, done * tokens))
         completed_B1 = after.div(S, rounding_mode="trunc")[:, None] - done[:, None]
         return Memory(*written), take(completed_B1 * S + place_S)

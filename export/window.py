@@ -1,10 +1,9 @@
 """Windows over rings of keys and values, as PyTorch operators: what ``step`` is made of and what ONNX graphs hold.
 
-They run eagerly, for tests and for tracing; an exported graph has ``hsa.SlidingWindow``, ``RotaryEmbedding`` and
-``GatherND`` in their place.
+They run eagerly, for tests and for tracing; an exported graph has ``hsa.SlidingWindow`` and ``RotaryEmbedding`` in
+their place.
 
-Shape letters: B batch, L tokens of the segment, W window, T = W + L, Hq query heads, Hkv key/value heads, D head width,
-m rows taken.
+Shape letters: B batch, L tokens of the segment, W window, T = W + L, Hq query heads, Hkv key/value heads, D head width.
 """
 
 from __future__ import annotations
@@ -73,18 +72,8 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("hsa::take_rows", mutates_args=())
-def take_rows(x: Tensor, index: Tensor) -> Tensor:
-    """[B, m, ...]: rows ``index[b]`` int64 [B, m] of each ``x[b]`` of [B, T, ...] (ONNX ``GatherND``)."""
-    return _take(x, index)
-
-
-@take_rows.register_fake
-def _(x: Tensor, index: Tensor) -> Tensor:
-    return x.new_empty((*index.shape, *x.shape[2:]))
-
-
 def _take(x: Tensor, index: Tensor) -> Tensor:
+    """[B, m, ...]: rows ``index[b]`` int64 [B, m] of each ``x[b]`` of [B, T, ...]."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 

@@ -92,5 +92,5 @@ class ChunkEncoder(nn.Module):
         if not torch.compiler.is_exporting():
             return torch.cat((x_NSd, self.cls.expand(N, 1, d)), dim=1)
         # Exported, no shape is computed, N neither: any token makes room for the vector.
-        is_cls = torch.arange(S + 1)[:, None] == S
-        return torch.where(is_cls, self.cls, torch.cat((x_NSd, x_NSd[:, :1]), dim=1))
+        place = torch.arange(S + 1)
+        return torch.where(place[:, None] == S, self.cls, x_NSd.index_select(1, place % S))

@@ -72,8 +72,9 @@ def test_bfloat16_runs_by_the_definition_of_onnx(tmp_path: Path) -> None:
     for L in SPLIT:
         n = (at + L) // 4 - at // 4
         segment = {
-            "input_ids": IDS[:, at : at + L], "lengths": np.full(2, L), "tokens": np.arange(L), "upper": np.arange(L),
-            "logits_at": np.stack([np.arange(L)] * 2), "completing": np.arange(2 * n).reshape(2, n),
+            "input_ids": IDS[:, at : at + L], "lengths": np.full(2, L), "rows": np.arange(2), "tokens": np.arange(L),
+            "upper": np.arange(L), "logits_at": np.stack([np.arange(L)] * 2),
+            "completing": np.arange(2 * n).reshape(2, n),
         }  # fmt: skip
         results = evaluator.run(None, segment | {f"past.{name}": x for name, x in state.items()})
         made = dict(zip(evaluator.output_names, results))

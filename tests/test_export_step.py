@@ -19,7 +19,7 @@ from torch import Tensor
 from export_kit import operator_model
 from hsa_compile.export.graph import fix_shapes, state_specs
 from hsa_compile.export.step import StaticStep, Windows
-from hsa_compile.export.window import rotary, sliding_window, take_rows
+from hsa_compile.export.window import rotary, sliding_window
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers import rotate
 from hsa_compile.model.model import HsaModel
@@ -66,7 +66,7 @@ class Runner:
         index = torch.arange(B * n).view(B, n)
         with torch.no_grad():
             logits, token, *self.state = self.step(
-                ids, taken, torch.arange(L), torch.arange(L - u, L), places, index, *self.state
+                ids, taken, torch.arange(B), torch.arange(L), torch.arange(L - u, L), places, index, *self.state
             )
         return logits, token
 
@@ -213,9 +213,6 @@ def test_operators_for_tracing() -> None:
     angles = torch.randn(2, 3, 3)
     torch.library.opcheck(torch.ops.hsa.rotary.default, (x[0], angles.cos(), angles.sin()))
     assert torch.equal(rotary(x[0], angles.cos(), angles.sin()), rotate(x[0], *(f[:, :, None] for f in _both(angles))))
-    index = torch.tensor([[2, 0], [1, 1]])
-    torch.library.opcheck(torch.ops.hsa.take_rows.default, (x[0], index))
-    assert torch.equal(take_rows(x[0], index)[0, 1], x[0][0, 0])
 
 
 def _both(angles: Tensor) -> tuple[Tensor, Tensor]:
