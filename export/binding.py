@@ -78,8 +78,8 @@ class Binding:
     def run(self, ids: Ids, lengths: Ids, upper: int, logits_at: Ids) -> Floats:
         """Logits float32 [B, w, V] of the tokens ``logits_at`` among the last ``upper`` ones of ids [B, L]."""
         B, L = ids.shape
-        self.state.make_room(lengths)
-        n = self.state.completing(lengths)
+        self.state.make_room(lengths, self.runtime.least_chunks)
+        n = max(self.runtime.least_chunks, self.state.completing(lengths))
         segment: dict[str, Ids] = {
             "input_ids": ids,
             "lengths": lengths,
@@ -138,9 +138,9 @@ class Decoder:
         Raises:
             CapacityError: a row would pass the session's limit.
         """
-        state = self.state
-        state.make_room(lengths)
-        n = state.completing(lengths)
+        state, least = self.state, self.runtime.least_chunks
+        state.make_room(lengths, least)
+        n = max(least, state.completing(lengths))
         bound, graph_id = self._ready(n)
         self._host("input_ids")[:, 0] = tokens
         self._host("lengths")[:] = lengths
@@ -150,15 +150,20 @@ class Decoder:
         assert self.token.host is not None
         return Next(self.logits.host[:, 0], self.token.host[:, 0])
 
+    def find_least_chunks(self) -> None:
+        """Tries a step without any chunk, which takes an operator on empty tensors from the provider."""
+        bound = self._bind(0)
+        self._host("lengths")[:] = 0
+        try:
+            bound.run()
+        except StepError:
+            self.runtime.least_chunks = 1
+
     def _ready(self, n: int) -> tuple[_Bound, int | None]:
         if self._generation != self.state.generation:
             self._bound, self._generation = {}, self.state.generation
         if n not in self._bound:
-            bound = _Bound(self.runtime, self.state)
-            for name, buffer in (*self.inputs.items(), ("completing", self.completing[n])):
-                bound.put(name, buffer)
-            bound.get("token", self.token)
-            bound.get("logits", self.logits)
+            bound = self._bind(n)
             graph_id = next(self.runtime.graph_ids) if self.runtime.graphs else None
             if graph_id is not None:
                 # ONNX Runtime runs a graph several times until it is captured. Rows of length 0 do not notice.
@@ -166,6 +171,14 @@ class Decoder:
                 bound.run(graph_id)
             self._bound[n] = bound, graph_id
         return self._bound[n]
+
+    def _bind(self, n: int) -> _Bound:
+        bound = _Bound(self.runtime, self.state)
+        for name, buffer in (*self.inputs.items(), ("completing", self.completing[n])):
+            bound.put(name, buffer)
+        bound.get("token", self.token)
+        bound.get("logits", self.logits)
+        return bound
 
     def _host(self, name: str) -> np.ndarray[Any, Any]:
         host = self.inputs[name].host

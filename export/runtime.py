@@ -36,6 +36,7 @@ class Runtime:
         device: where its state is kept.
         graphs: decode by CUDA graphs.
         graph_ids: numbers for them, each given once.
+        least_chunks: that the encoder is run on; 1 where the provider cannot compute with empty tensors.
     """
 
     session: Any
@@ -45,6 +46,7 @@ class Runtime:
     manifest: Manifest
     graphs: bool = False
     graph_ids: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    least_chunks: int = 0
 
     @property
     def segment(self) -> int:

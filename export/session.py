@@ -66,6 +66,8 @@ class Session:
         path = Path(directory)
         manifest = read_manifest(path, [GRAPH, LIBRARY] if fused else [GRAPH])
         self._start(open_runtime(path, manifest, provider, fused, threads, host_memory), batch, reserve, limit)
+        if self.runtime.provider == "cuda":
+            self._decoder.find_least_chunks()
 
     def _start(self, runtime: Runtime, batch: int, reserve: int, limit: int | None) -> None:
         if batch < 1:
@@ -268,7 +270,7 @@ class Session:
         if size < 1:
             raise ValueError(f"segment must be at least 1, got {segment}")
         total = int(lengths.max())
-        self.state.make_room(lengths)
+        self.state.make_room(lengths, self.runtime.least_chunks)
         needed = min((int(n) for n in lengths if n), default=0) - self.upper_reach if short else 0
         logits = np.zeros((self.batch, self.vocab_size), np.float32)
         for start in range(0, total, size):

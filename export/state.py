@@ -70,8 +70,11 @@ class SessionState:
         S = self.chunk_size
         return int(((self.positions + lengths) // S - self.positions // S).max(initial=0))
 
-    def make_room(self, lengths: np.ndarray) -> None:
+    def make_room(self, lengths: np.ndarray, least: int = 0) -> None:
         """Grows the memory so that the rows can take so many tokens more.
+
+        Args:
+            least: chunks that are written in any case.
 
         Raises:
             CapacityError: a row would pass the limit.
@@ -83,7 +86,7 @@ class SessionState:
                 "open it with a higher limit, or reset"
             )
         # Every row writes as many chunks as the row that completes the most, seen or not yet.
-        needed = int((self.positions // self.chunk_size).max(initial=0)) + self.completing(lengths)
+        needed = int((self.positions // self.chunk_size).max(initial=0)) + max(least, self.completing(lengths))
         if needed > self._capacity:
             self._grow(max(needed, 2 * self._capacity))
 
