@@ -29,8 +29,12 @@ _C_FLAGS = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall"]
 _CXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall"]
 _NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The runtimes are linked in, so that the library depends on libc alone; CUDA's looks for the driver when it is used.
-_LINK_FLAGS = ["-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--no-undefined", "-pthread", "-lm"]
-_CUDA_LINK_FLAGS = ["-lcudart_static", "-ldl", "-lrt"]
+_LINK_FLAGS = ["-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--no-undefined", "-pthread"]
+# nvcc knows where CUDA's runtime is. Its headers leave symbols in every object that no tool makes local.
+_CUDA_LINK_FLAGS = [
+    *("-shared", "-cudart", "static", "-Xlinker", "--no-undefined", "-Xlinker", "--allow-multiple-definition"),
+    *("-Xcompiler", "-static-libstdc++,-static-libgcc,-pthread"),
+]
 # One name is visible: nothing of the linked-in runtime or of the kernels meets those of the process.
 _VISIBLE = "{ global: RegisterCustomOps; local: *; };\n"
 
@@ -178,20 +182,20 @@ def _compile(scratch: Path, served: Sequence[Served]) -> Path:
     define = ["-DHSA_CUDA"] if gpu else []
     jobs = [([*cc, *_C_FLAGS, *include], host / "execute.c")]
     jobs += [([*cxx, *_CXX_FLAGS, *define, *include], native / name) for name in ("hsa_ops.cc", "cpu.cc")]
-    libraries: list[str] = []
+    link = [*cxx, *_LINK_FLAGS]
     if gpu:
         nvcc = cuda_compiler()
         code = [f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}" for arch in gpu]
         jobs += [([*cxx, *_CXX_FLAGS, *include], native / "cuda.cc")]
         jobs += [([nvcc, *_NVCC_FLAGS, *code, *include], native / "plain.cu")]
-        root = Path(nvcc).resolve().parent.parent
-        libraries = [f"-L{root / 'lib64'}", f"-L{root / 'targets/x86_64-linux/lib'}", *_CUDA_LINK_FLAGS]
+        link = [nvcc, *_CUDA_LINK_FLAGS]
     own = [_object(command, source) for command, source in jobs]
     kernels = [_relocatable(scratch, one, symbol) for symbol, one in zip(_symbols(served), served)]
     visible, built = scratch / "visible.map", scratch / "library.so"
     visible.write_text(_VISIBLE)
     objects = [str(path) for path in (*own, scratch / "table.o", *dict.fromkeys(kernels))]
-    _run([*cxx, *objects, "-o", str(built), f"-Wl,--version-script={visible}", *libraries, *_LINK_FLAGS])
+    script = ["-Xlinker", f"--version-script={visible}"]
+    _run([*link, *script, *objects, "-lm", "-o", str(built)])
     return built
 
 

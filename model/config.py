@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from hsa_compile.ir import ChunkAttention, ChunkSelect, SlidingWindow
+from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.ir.operators import Dtype
 
 SlotWeights = Literal["softmax", "stick-breaking"]
@@ -185,10 +185,6 @@ class ModelConfig:
             ChunkSelect(kv_heads, self.retrieval_heads, self.retrieval_dim, S, top_k, window, dtype),
             ChunkAttention(heads, kv_heads, D, S, top_k, self.off_by_one, dtype),
         )
-
-    def window_problem(self, dtype: Dtype = "float32") -> SlidingWindow:
-        """The problem that the windows of an exported model pose."""
-        return SlidingWindow(self.swa_heads, self.swa_kv_heads, self.swa_head_dim, self.window, dtype)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; ``from_dict`` is its inverse."""

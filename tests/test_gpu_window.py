@@ -13,13 +13,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 from emulate import EmulatedKernel
-from hsa_compile.ir import SlidingWindow, reference
+from export_kit import naive_kernel, problem_session, select_inputs
+from hsa_compile.export.library import build_library
+from hsa_compile.ir import ChunkSelect, SlidingWindow, reference
+from hsa_compile.kernels import deployed
 from hsa_compile.schedules import build
+from hsa_compile.schedules.gpu_window import window_tile
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tilelang") is None or shutil.which("nvcc") is None, reason="needs tilelang and nvcc"
 )
-TOLERANCE = {"bfloat16": 1.6e-2, "float16": 2e-3}
+TOLERANCE = {"bfloat16": 1.6e-2, "float16": 2e-3, "float32": 5e-6}
 # B, L, position, lengths: below, at and above the window, far away, tokens that do not count, an empty segment.
 CALLS = (
     (2, 1, (0, 5), (1, 1)),
@@ -61,6 +65,21 @@ def check(run: EmulatedKernel, p: SlidingWindow, in_place: bool) -> None:
     ids=lambda p: f"G{p.groups}-D{p.head_dim}",
 )
 def test_windows_are_computed(problem: SlidingWindow, length: int | None, tmp_path: Path) -> None:
-    run = EmulatedKernel(build(problem, target="cuda:sm_90a", length=length), tmp_path)
+    tile = window_tile(problem, length=length)
+    assert (tile.form == "token") == (length == 1)
+    run = EmulatedKernel(build(problem, target="cuda:sm_90a", tile=tile), tmp_path)
     for in_place in (False, True):
         check(run, problem, in_place)
+
+
+def test_a_library_with_gpu_kernels_serves_cpus_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HSA_COMPILE_SCHEDULE", raising=False)
+    on_gpu, on_cpu = SlidingWindow(4, 2, 16, 70, "bfloat16"), ChunkSelect(2, 2, 3, 4, 3)
+    odd = SlidingWindow(4, 2, 20, 70, "bfloat16")  # no matrix instruction takes its width: a plain kernel does
+    served = list(deployed([on_gpu, odd], ["cuda:sm_90a"]))
+    assert {(one.kernel.problem, one.length) for one in served} == {(on_gpu, 0), (on_gpu, 16)}
+    library = build_library([*served, naive_kernel(on_cpu, tmp_path)], tmp_path / "lib.so")
+    x = select_inputs(on_cpu, 2, 3, 4, 0)
+    problem_session(on_cpu, library).run(None, x)
+    with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
+        problem_session(on_gpu, library)

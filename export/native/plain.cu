@@ -66,12 +66,13 @@ __global__ void select(const T* q_r, const T* landmark, const int64_t* position,
   const int64_t past = position[b] + t - p.lag, filled = chunks[b] < p.C ? chunks[b] : p.C;
   int64_t visible = past > 0 ? past / p.S : 0;
   if (visible > filled) visible = filled;
-  load(q, q_r + (token * p.Hr + r) * p.Dr, p.Dr, rsqrtf(float(p.Dr)));
+  load(q, q_r + (token * p.Hr + r) * p.Dr, p.Dr, 1.0f);
+  const float scale = rsqrtf(float(p.Dr)); /* of the sums, so that what ties exactly stays tied */
   for (int64_t k = threadIdx.x; k < p.K; k += kThreads) best[k] = -CUDART_INF_F, place[k] = -1;
   __syncthreads();
   for (int64_t end = visible; end > 0; end -= kThreads) {
     const int64_t c = end - 1 - threadIdx.x;
-    const float score = c >= 0 ? dot(q, landmark + ((b * p.C + c) * p.Hr + r) * p.Dr, p.Dr) : -CUDART_INF_F;
+    const float score = c >= 0 ? dot(q, landmark + ((b * p.C + c) * p.Hr + r) * p.Dr, p.Dr) * scale : -CUDART_INF_F;
     fresh[threadIdx.x] = score;
     if (__syncthreads_or(score > best[p.K - 1]) && threadIdx.x == 0) {
       for (int i = 0; i < kThreads; ++i) {
@@ -199,40 +200,45 @@ __global__ void write_ring(const T* k, const T* v, const T* past_k, const T* pas
 /* --------------------------------------------------------------------------------------------------------- launchers */
 
 template <typename T>
+struct Same {
+  using type = T;
+};
+
+template <typename... P>
+int32_t launch(void (*kernel)(P...), int64_t blocks, int64_t bytes, cudaStream_t stream, typename Same<P>::type... arguments) {
+  if (blocks == 0) return 0;
+  if (bytes > kShared) return cudaErrorInvalidValue;
+  void* pointers[] = {(void*)&arguments...};
+  return cudaLaunchKernel((const void*)kernel, dim3(blocks), dim3(kThreads), pointers, bytes, stream);
+}
+
+template <typename T>
 int32_t run_select(const int64_t* x, void* const* tensors, const int64_t* dims, cudaStream_t stream) {
   const SelectSizes p{dims[1], dims[2], x[0], x[1], x[2], x[3], x[4], x[5] ? x[5] - x[3] : 0};
-  const int64_t blocks = dims[0] * p.L * p.Hr, bytes = 4 * (p.Dr + 2 * p.K + kThreads);
-  if (bytes > kShared) return cudaErrorInvalidValue;
-  if (!blocks) return 0;
-  select<T><<<blocks, kThreads, bytes, stream>>>((const T*)tensors[0], (const T*)tensors[1], (const int64_t*)tensors[2],
-                                                 (const int64_t*)tensors[3], (int32_t*)tensors[4], (float*)tensors[5], p);
-  return cudaGetLastError();
+  return launch(select<T>, dims[0] * p.L * p.Hr, 4 * (p.Dr + 2 * p.K + kThreads), stream, (const T*)tensors[0],
+                (const T*)tensors[1], (const int64_t*)tensors[2], (const int64_t*)tensors[3], (int32_t*)tensors[4],
+                (float*)tensors[5], p);
 }
 
 template <typename T>
 int32_t run_attention(const int64_t* x, float scale, void* const* tensors, const int64_t* dims, cudaStream_t stream) {
   const float factor = scale ? scale : 1 / sqrtf(float(x[2]));
   const AttentionSizes p{dims[1], dims[2], x[0], x[1], x[2], x[3], x[4], x[5] != 0, factor};
-  const int64_t blocks = dims[0] * p.L * p.Hq, bytes = 4 * (2 * p.D + p.S);
-  if (bytes > kShared) return cudaErrorInvalidValue;
-  if (!blocks) return 0;
-  attend<T><<<blocks, kThreads, bytes, stream>>>((const T*)tensors[0], (const T*)tensors[1], (const T*)tensors[2],
-                                                 (const int32_t*)tensors[3], (const float*)tensors[4], (T*)tensors[5], p);
-  return cudaGetLastError();
+  return launch(attend<T>, dims[0] * p.L * p.Hq, 4 * (2 * p.D + p.S), stream, (const T*)tensors[0], (const T*)tensors[1],
+                (const T*)tensors[2], (const int32_t*)tensors[3], (const float*)tensors[4], (T*)tensors[5], p);
 }
 
 template <typename T>
 int32_t run_window(const int64_t* x, void* const* tensors, const int64_t* dims, cudaStream_t stream) {
   const WindowSizes p{dims[1], dims[2], x[0], x[1], x[2], x[3]};
-  const int64_t blocks = dims[0] * p.L * p.Hq, slots = dims[0] * p.C, bytes = 4 * (2 * p.D + kThreads);
-  if (bytes > kShared) return cudaErrorInvalidValue;
   const auto q = (const T*)tensors[0], k = (const T*)tensors[1], v = (const T*)tensors[2];
   const auto past_k = (const T*)tensors[3], past_v = (const T*)tensors[4];
   const auto position = (const int64_t*)tensors[5], lengths = (const int64_t*)tensors[6];
-  if (blocks) window<T><<<blocks, kThreads, bytes, stream>>>(q, k, v, past_k, past_v, position, lengths, (T*)tensors[7], p);
-  if (slots)
-    write_ring<T><<<slots, kThreads, 0, stream>>>(k, v, past_k, past_v, position, lengths, (T*)tensors[8], (T*)tensors[9], p);
-  return cudaGetLastError();
+  const int32_t error = launch(window<T>, dims[0] * p.L * p.Hq, 4 * (2 * p.D + kThreads), stream, q, k, v, past_k, past_v,
+                               position, lengths, (T*)tensors[7], p);
+  if (error) return error;
+  return launch(write_ring<T>, dims[0] * p.C, 0, stream, k, v, past_k, past_v, position, lengths, (T*)tensors[8],
+                (T*)tensors[9], p);
 }
 
 template <typename T>
