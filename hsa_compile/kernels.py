@@ -88,8 +88,8 @@ def deployed(problems: Sequence[AnyProblem], targets: Sequence[str] = ("cpu:nati
 def exported(config: ModelConfig, targets: Sequence[str] = ("cpu:native",), dtype: Dtype = "float32") -> list[Served]:
     """The kernels of a bundle of that type.
 
-    No program for GPUs is in float32: the library's plain kernels compute it, beside compiled ones in bfloat16, by which
-    it knows that it is for GPUs.
+    No program for GPUs is in float32: the library's plain kernels compute it, beside compiled ones in bfloat16, by
+    which it knows that it is for GPUs.
 
     Raises:
         BuildError: one of them cannot be built.
