@@ -30,9 +30,9 @@ _CXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall"]
 _NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The runtimes are linked in, so that the library depends on libc alone; CUDA's looks for the driver when it is used.
 _LINK_FLAGS = ["-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--no-undefined", "-pthread"]
-# nvcc knows where CUDA's runtime is. Its headers leave symbols in every object that no tool makes local.
+# nvcc knows where CUDA's runtime is.
 _CUDA_LINK_FLAGS = [
-    *("-shared", "-cudart", "static", "-Xlinker", "--no-undefined", "-Xlinker", "--allow-multiple-definition"),
+    *("-shared", "-cudart", "static", "-Xlinker", "--no-undefined"),
     *("-Xcompiler", "-static-libstdc++,-static-libgcc,-pthread"),
 ]
 # One name is visible: nothing of the linked-in runtime or of the kernels meets those of the process.
@@ -237,8 +237,8 @@ def _relocatable(scratch: Path, one: Served, symbol: str) -> Path:
     objects = [str(path) for path in one.kernel.objects]
     if not objects:
         raise LibraryError(f"the kernel of {one.kernel.problem} has no objects; build it anew")
-    # Sections that the linker would share by name stay this kernel's. Every object of TileLang's has the same helpers.
-    _run(["ld", "-r", "--force-group-allocation", "-z", "muldefs", *objects, "-o", str(whole)])
+    # Sections that the linker would share by name stay this kernel's.
+    _run(["ld", "-r", "--force-group-allocation", *objects, "-o", str(whole)])
     _run(["objcopy", "--redefine-sym", f"{one.kernel.symbol}={symbol}", str(whole), str(renamed)])
     _run(["objcopy", f"--keep-global-symbol={symbol}", str(renamed), str(alone)])
     return alone

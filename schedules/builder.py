@@ -68,7 +68,7 @@ class Artifact:
 
     @property
     def objects(self) -> list[Path]:
-        """Relocatable objects of the kernel alone, to link into another library."""
+        """Relocatable objects of the kernel alone, to link into another library (with CUDA's runtime, for GPUs)."""
         return sorted(self.directory.glob("*.o"))
 
 
