@@ -16,7 +16,7 @@ from hsa_compile import validate
 from hsa_compile.bench import models
 from hsa_compile.bench.record import write_suite
 from hsa_compile.export import Session, export_bundle
-from hsa_compile.kernels import build_all
+from hsa_compile.kernels import build_all, exported
 from hsa_compile.model.data import load_text, split_text
 from hsa_compile.model.evaluate import Accuracy, retrieval_accuracy
 from hsa_compile.model.recipe import TrainConfig
@@ -50,7 +50,7 @@ def run_demo(config: TrainConfig, output: Path, console: Console, spinner: Spinn
     model = result.model.eval()
     bundle = output / "bundle"
     with spinner("exporting"):
-        export_bundle(model, bundle, list(build_all(model.config, training=False)))
+        export_bundle(model, bundle, exported(model.config))
     sample = _sample(bundle, split_text(text)[1], console)
     with spinner("asking for hidden values") as say:
         accuracies = retrieval_accuracy(

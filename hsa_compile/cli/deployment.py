@@ -13,13 +13,16 @@ from hsa_compile.cli.common import (
     Data,
     Output,
     Seed,
-    TargetName,
     console,
     fail,
     friendly,
     spinner,
 )
 
+TargetNames = Annotated[
+    list[str] | None,
+    typer.Option("--target", "-t", help="cpu:native (default), a level such as cpu:x86-64-v3, cuda:sm_90a; repeat."),
+]
 AnyTargetName = Annotated[str, typer.Option("--target", "-t", help="A CPU level as for export, or cuda:sm_90a.")]
 
 
@@ -51,19 +54,30 @@ def build(
         console.print(table)
 
 
-def export(checkpoint: Checkpoint, output: Output = Path("runs/bundle"), target: TargetName = "cpu:native") -> None:
+def export(
+    checkpoint: Checkpoint,
+    output: Output = Path("runs/bundle"),
+    target: TargetNames = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="Of weights and state; bfloat16 runs on GPUs.")
+    ] = "float32",
+) -> None:
     """Write a bundle: ONNX graph, operator library and description, for machines without PyTorch or a compiler."""
     with friendly():
-        from hsa_compile.export import export_bundle
-        from hsa_compile.kernels import build_all
-        from hsa_compile.model.checkpoint import load_checkpoint
-        from hsa_compile.schedules import resolve
+        import torch
 
-        resolve(target)  # bundles hold CPU kernels: other names are refused before any work
+        from hsa_compile.export import export_bundle
+        from hsa_compile.kernels import exported
+        from hsa_compile.model.checkpoint import load_checkpoint
+        from hsa_compile.schedules.target import resolve_any
+
+        targets = target or ["cpu:native"]
+        for name in targets:
+            resolve_any(name)  # other names are refused before any work
         with spinner("exporting") as say:
-            model = load_checkpoint(checkpoint).eval()
+            model = load_checkpoint(checkpoint).eval().to(getattr(torch, dtype))
             say("kernels")
-            kernels = list(build_all(model.config, training=False, target=target))
+            kernels = exported(model.config, targets, dtype)
             say("graph")
             export_bundle(model, output, kernels)
         console.print(f"bundle {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
