@@ -11,6 +11,7 @@ class ByteTokenizer:
 
     PAD, BOS, EOS, SEP = 256, 257, 258, 259
     vocab_size = 260
+    end_ids = frozenset({EOS})
 
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of the text; lone surrogates become ``?``."""

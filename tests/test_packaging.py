@@ -12,8 +12,19 @@ import pytest
 import hsa_compile
 
 ROOT = Path(__file__).parent.parent
-PARTS = ["hsa_compile", *(f"hsa_compile.{name}" for name in ("ir", "schedules", "model", "export", "bench"))]
-MODULES = ["model.train", "export.session", "schedules.builder", "ops", "cli", "demo", "validate", "doctor", "kernels"]
+PARTS = ["hsa_compile", *(f"hsa_compile.{name}" for name in ("ir", "schedules", "model", "export", "bench", "serve"))]
+MODULES = [
+    "model.train",
+    "export.session",
+    "schedules.builder",
+    "ops",
+    "cli",
+    "demo",
+    "validate",
+    "doctor",
+    "kernels",
+    "serve.server",
+]
 
 
 @pytest.fixture(scope="module")

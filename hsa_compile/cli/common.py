@@ -30,7 +30,8 @@ _USER_ERRORS = {
 }  # fmt: skip
 _EXTRAS = {
     "torch": "train", "safetensors": "train", "matplotlib": "train", "tokenizers": "tokenizers", "onnx": "export",
-    "onnxscript": "export", "pydantic": "compile",
+    "onnxscript": "export", "pydantic": "compile", "starlette": "serve", "uvicorn": "serve",
+    "prometheus_client": "serve",
 }  # fmt: skip
 
 

@@ -99,6 +99,43 @@ def run(
         print(decoder.finish())
 
 
+def serve(
+    bundle: Bundle,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of the machine's.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and says which.")] = 8000,
+    rows: Annotated[int, typer.Option(min=1, help="Texts at a time; they decode together.")] = 8,
+    context: Annotated[int, typer.Option(help="Most tokens of a prompt and its answer together.")] = 65_536,
+    max_tokens: Annotated[int, typer.Option(help="Most new tokens a request may ask for.")] = 4096,
+    queue: Annotated[int, typer.Option(help="Requests that may wait for a row; further ones get status 429.")] = 64,
+    body_bytes: Annotated[int, typer.Option(help="Most bytes of a request's body.")] = 4 << 20,
+    seconds: Annotated[float, typer.Option(help="Most seconds from a request to the end of its answer.")] = 600.0,
+    name: Annotated[str | None, typer.Option(help="Of the model, for clients. Default: the bundle's folder.")] = None,
+    fused: Annotated[bool, typer.Option(help="The bundle's kernels, or the graph's function bodies.")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime. Default: it chooses.")] = None,
+) -> None:
+    """Serve a bundle over HTTP, as OpenAI's completions: /v1/completions, /v1/models, /healthz, /metrics.
+
+    Any client of OpenAI's completions works with base_url http://HOST:PORT/v1, and so does curl:
+
+    \b
+    curl localhost:8000/v1/completions -d '{"prompt": "In the beginning", "max_tokens": 50, "stream": true}'
+
+    Requests may have: prompt (text or token ids), max_tokens (16 by default), temperature (1), top_p, seed, stop (up to
+    four strings), echo, stream, stream_options. A client that disconnects frees its row at once. Ctrl-C or SIGTERM lets
+    running answers end, for 30 seconds. There is no authentication: put a proxy before it where others can reach it.
+    """
+    with friendly():
+        from hsa_compile.serve.app import Limits
+        from hsa_compile.serve.server import bundle_service
+        from hsa_compile.serve.server import serve as run_server
+
+        try:
+            limits = Limits(context, max_tokens, queue, body_bytes, seconds=seconds)
+        except ValueError as error:
+            fail(str(error))
+        run_server(bundle_service(bundle, rows, limits, name, fused, threads), host, port)
+
+
 def validate(
     checkpoint: Checkpoint,
     bundle: Bundle,
