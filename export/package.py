@@ -9,22 +9,21 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from hsa_compile.export.bundle import GRAPH, LIBRARY, MANIFEST, BundleError, Manifest, write_manifest
 from hsa_compile.export.graph import EXPORTED, EXTERNAL_DATA_ABOVE, export_graph, state_specs
 from hsa_compile.export.library import KernelObjects, LibraryError, build_library
+from hsa_compile.export.text import add_tokenizer
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
-
-BYTES_TOKENIZER = {"kind": "bytes"}
 
 
 def export_bundle(
     model: HsaModel,
     directory: Path,
     kernels: Sequence[KernelObjects] = (),
-    tokenizer: dict[str, Any] | None = None,
+    tokenizer: Path | None = None,
+    end_tokens: Sequence[str] = (),
     external_data_above: int = EXTERNAL_DATA_ABOVE,
 ) -> Path:
     """Writes a bundle: graph, operator library and description. It appears whole or not at all.
@@ -34,7 +33,7 @@ def export_bundle(
         directory: the bundle; an existing bundle there is replaced, anything else is refused.
         kernels: ``schedules.build`` of each of ``model.config.problems()``; without any, the bundle has no
             library and runs by the operators' function bodies alone.
-        tokenizer: plain data that says how text becomes ids; bytes by default.
+        tokenizer, end_tokens: see ``text.add_tokenizer``; bytes by default.
         external_data_above: see ``graph.export_graph``.
 
     Returns:
@@ -44,6 +43,7 @@ def export_bundle(
         BundleError: ``directory`` exists and is not a bundle.
         LibraryError: a kernel is missing for this model, or the library cannot be built.
         ConfigError: the architecture is not exported.
+        TokenizerError: the tokenizer cannot be read, or is not the model's.
         ValueError: the model is not float32 on the CPU.
     """
     model.config.require("exporting", EXPORTED)
@@ -52,16 +52,16 @@ def export_bundle(
         raise BundleError(f"{directory} exists and is not a bundle; choose another place or remove it")
     _check_kernels(model.config, kernels)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest(
-        model=json.loads(json.dumps(model.config.to_dict())),
-        tokenizer=tokenizer or BYTES_TOKENIZER,
-        state=state_specs(model.config),
-        target=_target(kernels),
-        versions={name: version(name) for name in ("hsa-compile", "torch", "onnx", "onnxruntime")},
-    )
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
         made = Path(scratch) / "bundle"
         made.mkdir()
+        manifest = Manifest(
+            model=json.loads(json.dumps(model.config.to_dict())),
+            tokenizer=add_tokenizer(made, model.config.vocab_size, tokenizer, end_tokens),
+            state=state_specs(model.config),
+            target=_target(kernels),
+            versions={name: version(name) for name in ("hsa-compile", "torch", "onnx", "onnxruntime")},
+        )
         export_graph(model, made / GRAPH, external_data_above)
         if kernels:
             build_library(kernels, made / LIBRARY)

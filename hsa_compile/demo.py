@@ -15,12 +15,11 @@ from rich.text import Text
 from hsa_compile import validate
 from hsa_compile.bench import models
 from hsa_compile.bench.record import write_suite
-from hsa_compile.export import Session, export_bundle
+from hsa_compile.export import Session, export_bundle, load_tokenizer
 from hsa_compile.kernels import build_all
 from hsa_compile.model.data import load_text, split_text
 from hsa_compile.model.evaluate import Accuracy, retrieval_accuracy
 from hsa_compile.model.recipe import TrainConfig
-from hsa_compile.model.tokenizer import ByteTokenizer
 from hsa_compile.model.train import PLOT_NAME, TrainResult, train
 
 Spinner = Callable[[str], AbstractContextManager[Callable[[str], None]]]
@@ -72,9 +71,10 @@ def run_demo(config: TrainConfig, output: Path, console: Console, spinner: Spinn
 
 def _sample(bundle: Path, text: bytes, console: Console) -> str:
     """Streams what ONNX Runtime makes of a few words of the held-out text, and returns it."""
-    tokenizer = ByteTokenizer()
-    prompt = tokenizer.decode(list(text[:PROMPT_BYTES]))
-    tokens = Session(bundle).generate(tokenizer.encode(prompt), SAMPLE_TOKENS, temperature=0.7, top_p=0.9)
+    session = Session(bundle)
+    tokenizer = load_tokenizer(session.directory, session.manifest)
+    prompt = text[:PROMPT_BYTES].decode(errors="replace")
+    tokens = session.generate(tokenizer.encode(prompt), SAMPLE_TOKENS, temperature=0.7, top_p=0.9)
     console.print(prompt, end="", style="dim", highlight=False, markup=False)
     decoder, pieces = tokenizer.stream(), []
     for token in tokens:

@@ -51,12 +51,23 @@ def build(
         console.print(table)
 
 
-def export(checkpoint: Checkpoint, output: Output = Path("runs/bundle"), target: TargetName = "cpu:native") -> None:
-    """Write a bundle: ONNX graph, operator library and description, for machines without PyTorch or a compiler."""
+def export(
+    checkpoint: Checkpoint,
+    output: Output = Path("runs/bundle"),
+    target: TargetName = "cpu:native",
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Hugging Face tokenizer.json. Default: the checkpoint's, or bytes.")
+    ] = None,
+    end_tokens: Annotated[
+        list[str] | None, typer.Option("--end-token", help="A token that ends a text, such as </s>; may be repeated.")
+    ] = None,
+) -> None:
+    """Write a bundle: ONNX graph, operator library, tokenizer, for machines without PyTorch or a compiler."""
     with friendly():
         from hsa_compile.export import export_bundle
         from hsa_compile.kernels import build_all
         from hsa_compile.model.checkpoint import load_checkpoint
+        from hsa_compile.model.train import TOKENIZER_NAME
         from hsa_compile.schedules import resolve
 
         resolve(target)  # bundles hold CPU kernels: other names are refused before any work
@@ -65,7 +76,9 @@ def export(checkpoint: Checkpoint, output: Output = Path("runs/bundle"), target:
             say("kernels")
             kernels = list(build_all(model.config, training=False, target=target))
             say("graph")
-            export_bundle(model, output, kernels)
+            if tokenizer is None and (checkpoint / TOKENIZER_NAME).is_file():
+                tokenizer = checkpoint / TOKENIZER_NAME
+            export_bundle(model, output, kernels, tokenizer, end_tokens or ())
         console.print(f"bundle {output}: {', '.join(sorted(path.name for path in output.iterdir()))}")
 
 
@@ -80,17 +93,18 @@ def run(
 ) -> None:
     """Stream text from a bundle in ONNX Runtime."""
     with friendly():
-        from hsa_compile.export import Session
-        from hsa_compile.model.tokenizer import ByteTokenizer
+        from hsa_compile.export import Session, load_tokenizer
 
-        tokenizer = ByteTokenizer()
+        session = Session(bundle, fused=fused)
+        tokenizer = load_tokenizer(session.directory, session.manifest)
         ids = tokenizer.encode(prompt)
         if not ids:
             fail("the prompt is empty; give at least one character")
-        session = Session(bundle, fused=fused)
-        decoder = tokenizer.stream()
+        decoder, ends = tokenizer.stream(), list(tokenizer.end_ids)
         try:
-            tokens = session.generate(ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+            tokens = session.generate(
+                ids, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, stop_ids=ends
+            )
         except ValueError as error:
             fail(str(error))
         console.print(prompt, end="", style="dim", highlight=False, markup=False)

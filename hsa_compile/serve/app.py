@@ -8,9 +8,9 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,10 +20,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hsa_compile.export.sampling import Sampler
+from hsa_compile.model.tokenizer import Tokenizer
 from hsa_compile.serve.api import Answer, ApiError, CompletionRequest, parse_request, usage
 from hsa_compile.serve.engine import Engine
 from hsa_compile.serve.metrics import Metrics
-from hsa_compile.serve.scheduler import BusyError, Decoder, Event, Job, Scheduler
+from hsa_compile.serve.scheduler import BusyError, Event, Job, Scheduler
 from hsa_compile.serve.stops import StopText
 
 log = logging.getLogger("hsa_compile.serve")
@@ -31,17 +32,6 @@ log = logging.getLogger("hsa_compile.serve")
 DEFAULT_TOKENS = 16  # OpenAI's
 GRACE = 10.0  # seconds past its time in which a client may still read an answer
 _STATUS: dict[str, int] = {"error": 500, "time": 504, "closing": 503, "cancelled": 499}
-
-
-class TextTokenizer(Protocol):
-    """What the server needs of a tokenizer."""
-
-    vocab_size: int
-    end_ids: frozenset[int]
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
-    def stream(self) -> Decoder: ...
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ class Service:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: TextTokenizer, vocab_size: int, name: str, limits: Limits | None = None
+        self, engine: Engine, tokenizer: Tokenizer, vocab_size: int, name: str, limits: Limits | None = None
     ) -> None:
         self.limits = limits or Limits()
         self.metrics = Metrics()

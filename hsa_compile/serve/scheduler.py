@@ -8,9 +8,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from hsa_compile.export.sampling import Floats, Sampler
+from hsa_compile.model.tokenizer import StreamDecoder
 from hsa_compile.serve.engine import Engine
 from hsa_compile.serve.metrics import Metrics
 from hsa_compile.serve.stops import StopText
@@ -18,13 +19,6 @@ from hsa_compile.serve.stops import StopText
 log = logging.getLogger("hsa_compile.serve")
 
 Reason = Literal["stop", "length", "cancelled", "time", "error", "closing"]
-
-
-class Decoder(Protocol):
-    """Turns token ids that arrive one by one into text that never ends within a character."""
-
-    def push(self, ids: Sequence[int]) -> str: ...
-    def finish(self) -> str: ...
 
 
 class BusyError(RuntimeError):
@@ -62,7 +56,7 @@ class Job:
     prompt_ids: Sequence[int]
     max_tokens: int
     sampler: Sampler
-    decoder: Decoder
+    decoder: StreamDecoder
     stops: StopText
     end_ids: frozenset[int]
     deadline: float

@@ -7,7 +7,7 @@ from pathlib import Path
 import uvicorn
 
 from hsa_compile.export.session import Session
-from hsa_compile.model.tokenizer import ByteTokenizer
+from hsa_compile.export.text import load_tokenizer
 from hsa_compile.serve.app import Limits, Service
 from hsa_compile.serve.engine import SessionEngine
 
@@ -37,7 +37,8 @@ def bundle_service(
         raise ValueError(f"rows must be at least 1, got {rows}")
     session = Session(bundle, fused=fused, threads=threads)
     name = name or Path(bundle).resolve().name
-    return Service(SessionEngine(session, rows), ByteTokenizer(), session.vocab_size, name, limits)
+    tokenizer = load_tokenizer(session.directory, session.manifest)
+    return Service(SessionEngine(session, rows), tokenizer, session.vocab_size, name, limits)
 
 
 def serve(service: Service, host: str = "127.0.0.1", port: int = 8000) -> None:
