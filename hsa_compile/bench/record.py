@@ -75,6 +75,9 @@ def device_folder(device: str = "cpu") -> str:
 
 
 def _commit() -> str:
+    """Of the repository around the current directory; ``$HSA_COMPILE_COMMIT`` says it where the package is a copy."""
+    if given := os.environ.get("HSA_COMPILE_COMMIT"):
+        return given
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
