@@ -4,7 +4,8 @@
     session.Session         bundle → logits and text              needs numpy and ONNX Runtime
     library.build_library   kernels → ONNX Runtime operators      needs a C++ compiler
     text.load_tokenizer     the bundle's tokenizer            needs the package tokenizers, where it is not bytes
-    graph, functions        the graph, and the operators' bodies in standard ONNX
+    step, window            the model's step with static shapes, in PyTorch
+    graph, functions        its graph, and the operators' bodies in standard ONNX
 
 The names below load their module when they are first used, so that running a bundle needs none of what made it.
 """

@@ -1,8 +1,10 @@
 """The bundle: a folder with an exported model, its operator library and ``bundle.json``, which says what they are.
 
     model.onnx        the graph with the operators' function bodies; over 2 GB, weights lie in model.onnx.data
-    libhsa_ops.so     the operators as compiled kernels for one kind of CPU (optional)
-    bundle.json       format, model config, tokenizer, state, target, versions, and the SHA-256 of every file
+    libhsa_ops.so     the operators as compiled kernels for the bundle's targets (optional)
+    README.md         what it is and how to run it
+    bundle.json       format, model config, tokenizer, state, dtype, targets, kernels and the schedules they were built
+                      by, versions, and the SHA-256 of every file
 
 This module needs nothing that a bundle is made with.
 """
@@ -20,10 +22,15 @@ from typing import Any
 from hsa_compile.schedules.target import TargetError, missing_features, resolve
 
 FORMAT = "hsa-compile bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 GRAPH = "model.onnx"
 LIBRARY = "libhsa_ops.so"
+README = "README.md"
+
+
+# What running the model takes of its config.
+_MODEL_SIZES = ("vocab_size", "chunk_size", "window", "upper_layers")
 
 
 class BundleError(RuntimeError):
@@ -41,26 +48,46 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What ``bundle.json`` holds; ``target`` is the CPU level of the operator library, None without one."""
+    """What ``bundle.json`` holds.
+
+    Attributes:
+        dtype: of weights and state.
+        targets: CPU levels and GPU architectures that the operator library has kernels for; none without one.
+        kernels: of that library; each has ``kernel``, ``target`` and ``schedule``, which says where its tile is from.
+    """
 
     model: dict[str, Any]
     tokenizer: dict[str, Any]
     state: tuple[TensorSpec, ...]
-    target: str | None
+    dtype: str
+    targets: tuple[str, ...]
+    kernels: tuple[dict[str, str], ...]
     versions: dict[str, str]
     files: dict[str, str] = field(default_factory=dict)
 
-    def check_target(self) -> None:
-        """Raises BundleError where this machine cannot run the operator library."""
-        if self.target is None:
-            return
+    def check_target(self, provider: str) -> None:
+        """Refuses a machine that cannot run the operator library.
+
+        Args:
+            provider: "cpu" or "cuda"; a library's GPU kernels check the GPU themselves.
+
+        Raises:
+            BundleError: none of the targets is for this machine.
+        """
+        mine = [target for target in self.targets if target.startswith(f"{provider}:")]
         advice = "Export the bundle for this machine, or open it with fused=False."
+        if not mine:
+            has = ", ".join(self.targets) or "nothing"
+            raise BundleError(f"the operator library is for {has}, it has no kernels for {provider}. {advice}")
+        if provider == "cuda":
+            return
         try:
-            missing = missing_features(resolve(self.target))
+            lacks = {target: missing_features(resolve(target)) for target in mine}
         except TargetError as error:
             raise BundleError(f"the operator library is for another kind of machine: {error}. {advice}") from None
-        if missing:
-            raise BundleError(f"the operator library is for {self.target} and needs {', '.join(missing)}. {advice}")
+        if all(lacks.values()):
+            needs = "; ".join(f"for {target} and needs {', '.join(missing)}" for target, missing in lacks.items())
+            raise BundleError(f"the operator library is {needs}. {advice}")
 
     def to_json(self) -> str:
         return json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}, indent=2) + "\n"
@@ -75,10 +102,12 @@ class Manifest:
         data = _parsed(text)
         try:
             return cls(
-                model=data["model"] | {name: int(data["model"][name]) for name in ("vocab_size", "chunk_size")},
+                model=data["model"] | {name: int(data["model"][name]) for name in _MODEL_SIZES},
                 tokenizer=dict(data["tokenizer"]),
                 state=tuple(TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in data["state"]),
-                target=None if data["target"] is None else str(data["target"]),
+                dtype=str(data["dtype"]),
+                targets=tuple(map(str, data["targets"])),
+                kernels=tuple({key: str(k[key]) for key in ("kernel", "target", "schedule")} for k in data["kernels"]),
                 versions=dict(data["versions"]),
                 files=dict(data["files"]),
             )
@@ -98,7 +127,7 @@ def _parsed(text: str) -> dict[str, Any]:
             f"the bundle has format version {data.get('format_version')!r}, this hsa-compile reads {FORMAT_VERSION}; "
             "export it again or install the version that made it"
         )
-    return data | {"target": data.get("target")}
+    return data
 
 
 def write_manifest(directory: Path, manifest: Manifest, names: Iterable[str]) -> None:

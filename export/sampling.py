@@ -13,6 +13,20 @@ class GenerationError(RuntimeError):
     """A model's logits are no numbers, so that no token can be chosen; the message says what may be the cause."""
 
 
+def checked_token(logits_V: Floats, token: int) -> int:
+    """The likeliest token, where its logit is a number.
+
+    Raises:
+        GenerationError: it is NaN or infinite.
+    """
+    if not np.isfinite(logits_V[token]):
+        raise GenerationError(
+            f"the model's largest logit is {logits_V[token]}, where NaN and infinity are no scores: its weights are "
+            "damaged, or its values overflow the type it runs in; validate the bundle or export it again"
+        )
+    return token
+
+
 class Sampler:
     """Chooses tokens one after the other, the same ones for the same seed.
 
@@ -40,12 +54,7 @@ class Sampler:
         Raises:
             GenerationError: the largest logit is NaN or infinite.
         """
-        best = int(logits_V.argmax())  # NaN counts as largest
-        if not np.isfinite(logits_V[best]):
-            raise GenerationError(
-                f"the model's largest logit is {logits_V[best]}, where NaN and infinity are no scores: its weights "
-                "are damaged, or its values overflow the type it runs in; validate the bundle or export it again"
-            )
+        best = checked_token(logits_V, int(logits_V.argmax()))  # NaN counts as largest
         if self.temperature == 0.0:
             return best
         order = np.argsort(-logits_V, kind="stable")

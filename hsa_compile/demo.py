@@ -72,7 +72,7 @@ def run_demo(config: TrainConfig, output: Path, console: Console, spinner: Spinn
 def _sample(bundle: Path, text: bytes, console: Console) -> str:
     """Streams what ONNX Runtime makes of a few words of the held-out text, and returns it."""
     session = Session(bundle)
-    tokenizer = load_tokenizer(session.directory, session.manifest)
+    tokenizer = load_tokenizer(bundle, session.manifest)
     prompt = text[:PROMPT_BYTES].decode(errors="replace")
     tokens = session.generate(tokenizer.encode(prompt), SAMPLE_TOKENS, temperature=0.7, top_p=0.9)
     console.print(prompt, end="", style="dim", highlight=False, markup=False)

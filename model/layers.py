@@ -69,10 +69,10 @@ def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Tensor | None =
         return o.transpose(1, 2)
     # Exported graphs take plain products, which every runtime computes for empty batches as well.
     q = q.unflatten(1, (k.shape[1], -1))
-    scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = (q @ k.unsqueeze(2).transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
+    return (scores.softmax(-1).to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
 
 
 class Span(Protocol):

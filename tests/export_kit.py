@@ -136,17 +136,36 @@ _INPUTS = {
         ("indices", _INT32, 4),
         ("weights", _FLOAT, 4),
     ],
+    "SlidingWindow": [
+        *((name, _FLOAT, 4) for name in ("q", "k", "v", "past_k", "past_v")),
+        ("position", _INT64, 1),
+        ("lengths", _INT64, 1),
+    ],
 }
-_OUTPUTS = {"ChunkSelect": [("indices", _INT32, 4), ("scores", _FLOAT, 4)], "ChunkAttention": [("o", _FLOAT, 4)]}
+_OUTPUTS = {
+    "ChunkSelect": [("indices", _INT32, 4), ("scores", _FLOAT, 4)],
+    "ChunkAttention": [("o", _FLOAT, 4)],
+    "SlidingWindow": [("o", _FLOAT, 4), ("present_k", _FLOAT, 4), ("present_v", _FLOAT, 4)],
+}
 
 
-def operator_model(op: str, **attributes: Any) -> onnx.ModelProto:
-    """A model of one operator with all dimensions dynamic, its function attached."""
+def operator_model(op: str, element: int = _FLOAT, **attributes: Any) -> onnx.ModelProto:
+    """A model of one operator with all dimensions dynamic, its function attached.
+
+    Args:
+        element: ONNX type of its tensors of type T.
+    """
     schema.register()
+    fixed = {"weights", "scores"}  # always float
     node = helper.make_node(op, [n for n, *_ in _INPUTS[op]], [n for n, *_ in _OUTPUTS[op]], domain="hsa", **attributes)
 
     def values(names: list[tuple[str, int, int]]) -> list[onnx.ValueInfoProto]:
-        return [helper.make_tensor_value_info(n, kind, [f"{n}_{i}" for i in range(rank)]) for n, kind, rank in names]
+        return [
+            helper.make_tensor_value_info(
+                n, element if kind == _FLOAT and n not in fixed else kind, [f"{n}_{i}" for i in range(rank)]
+            )
+            for n, kind, rank in names
+        ]
 
     graph = helper.make_graph([node], op, values(_INPUTS[op]), values(_OUTPUTS[op]))
     opsets = [helper.make_opsetid("", functions.STANDARD_OPSET), helper.make_opsetid(schema.DOMAIN, schema.OPSET)]
@@ -168,7 +187,7 @@ def problem_session(problem: Problem, library: Path | None = None) -> ort.Infere
         names, op = ("kv_heads", "chunk_size", "top_k", "window"), "ChunkSelect"
     else:
         names, op = ("chunk_size", "off_by_one"), "ChunkAttention"
-    attributes = tuple((name, int(getattr(problem, name))) for name in names)
+    attributes = tuple((name.replace("kv_heads", "kv_num_heads"), int(getattr(problem, name))) for name in names)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 2

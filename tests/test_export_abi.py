@@ -55,7 +55,7 @@ def test_slots_are_those_of_the_official_headers(tmp_path: Path) -> None:
 def test_shapes_are_inferred(tmp_path: Path) -> None:
     """Without its function in the model, the library alone tells what comes out."""
     problem = ChunkSelect(2, 1, 4, 4, 3)
-    model = operator_model("ChunkSelect", kv_heads=2, chunk_size=4, top_k=3)
+    model = operator_model("ChunkSelect", kv_num_heads=2, chunk_size=4, top_k=3)
     for name in ("indices", "scores"):
         output = next(o for o in model.graph.output if o.name == name)
         del output.type.tensor_type.shape.dim[:]

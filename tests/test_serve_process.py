@@ -94,7 +94,7 @@ def server(bundle: Path) -> Iterator[Server]:
 def alone(bundle: Path, prompt: str, count: int, **options: Any) -> str:
     """What the session says when nobody else asks."""
     session = Session(bundle, threads=1)
-    tokenizer = load_tokenizer(session.directory, session.manifest)
+    tokenizer = load_tokenizer(bundle, session.manifest)
     tokens = session.generate(tokenizer.encode(prompt), count, stop_ids=list(tokenizer.end_ids), **options)
     return tokenizer.decode(tokens)
 
@@ -137,7 +137,7 @@ def test_a_client_that_leaves_frees_its_row(server: Server, stream: bool) -> Non
                 b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data
             )
             until(lambda: server.metric("hsa_rows_in_use") == 1)
-    until(server.idle)
+        until(server.idle)
     assert server.metric('hsa_completions_total{reason="cancelled"}') == before + 5
     assert server.metric("hsa_new_tokens_total") - made < 5 * 3000, "they ran to their ends"
     assert server.ask(prompt="x", max_tokens=3).status_code == 200

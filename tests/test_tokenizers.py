@@ -114,7 +114,7 @@ def test_arrays_hold_the_same_ids(bpe: Path) -> None:
 
 
 def manifest(about: dict[str, Any], files: Iterable[str] = ("tokenizer.json",)) -> Manifest:
-    return Manifest({"vocab_size": SIZE}, about, (), None, {}, dict.fromkeys(files, ""))
+    return Manifest({"vocab_size": SIZE}, about, (), "float32", (), (), {}, dict.fromkeys(files, ""))
 
 
 def test_a_bundle_gives_back_its_tokenizer(bpe: Path, tmp_path: Path) -> None:

@@ -185,11 +185,11 @@ struct Select {
   int64_t kv_heads, chunk_size, top_k, window;
 
   explicit Select(const ort::KernelInfo* info)
-      : kv_heads(attribute(info, "kv_heads")),
+      : kv_heads(attribute(info, "kv_num_heads")),
         chunk_size(attribute(info, "chunk_size")),
         top_k(attribute(info, "top_k")),
         window(attribute_or_zero(info, "window")) {
-    require_positive("kv_heads", kv_heads);
+    require_positive("kv_num_heads", kv_heads);
     require_positive("chunk_size", chunk_size);
     require_positive("top_k", top_k);
   }
@@ -280,25 +280,34 @@ int64_t attribute(const ort::InferContext* context, const char* name) {
   return value;
 }
 
+/* The dimensions of an input: false where ONNX Runtime does not know one, not even by name. To hand such a one on would
+ * say that it is -1. */
+bool known(const ort::TypeShape* info, int64_t* dims, const char** symbols) {
+  size_t rank = 0;
+  check(api.GetDimensionsCount(info, &rank));
+  if (rank != kRank) return false;
+  check(api.GetDimensions(info, dims, kRank));
+  check(api.GetSymbolicDimensions(const_cast<ort::TypeShape*>(info), symbols, kRank));
+  for (size_t i = 0; i < kRank; ++i)
+    if (dims[i] < 0 && !*symbols[i]) return false;
+  return true;
+}
+
 void infer(const Attention*, const ort::InferContext* context) {
   ort::TypeShape* q = nullptr;
-  size_t rank = 0;
+  int64_t dims[kRank];
+  const char* symbols[kRank];
   check(api.ShapeInferContext_GetInputTypeShape(context, 0, &q));
-  check(api.GetDimensionsCount(q, &rank));
-  if (rank == kRank) check(api.ShapeInferContext_SetOutputTypeShape(context, 0, q));
+  if (known(q, dims, symbols)) check(api.ShapeInferContext_SetOutputTypeShape(context, 0, q));
 }
 
 void infer(const Select*, const ort::InferContext* context) {
   ort::TypeShape *q = nullptr, *result = nullptr;
-  size_t rank = 0;
-  check(api.ShapeInferContext_GetInputTypeShape(context, 0, &q));
-  check(api.GetDimensionsCount(q, &rank));
-  if (rank != kRank) return;
   int64_t dims[kRank];
   const char* symbols[kRank];
-  check(api.GetDimensions(q, dims, kRank));
-  check(api.GetSymbolicDimensions(q, symbols, kRank));
-  dims[2] = attribute(context, "kv_heads");
+  check(api.ShapeInferContext_GetInputTypeShape(context, 0, &q));
+  if (!known(q, dims, symbols)) return;
+  dims[2] = attribute(context, "kv_num_heads");
   dims[3] = attribute(context, "top_k");
   symbols[2] = symbols[3] = "";
   check(api.CreateTensorTypeAndShapeInfo(&result));

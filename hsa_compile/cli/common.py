@@ -25,8 +25,9 @@ Seed = Annotated[int, typer.Option(help="Makes the run repeatable.")]
 # What users can cause and mend: told in a line, without a traceback. Looked up by name, so that the modules that
 # define them are not imported to say --help.
 _USER_ERRORS = {
-    "BuildError", "BundleError", "CheckpointError", "ConfigError", "DataError", "GenerationError", "JournalError",
-    "LibraryError", "ProblemError", "RecordError", "ScheduleError", "TargetError", "TokenizerError", "TrainingError",
+    "BuildError", "BundleError", "CapacityError", "CheckpointError", "ConfigError", "DataError", "DeviceError",
+    "GenerationError", "JournalError", "LibraryError", "ProblemError", "RecordError", "ScheduleError", "StepError",
+    "TargetError", "TokenizerError", "TrainingError",
 }  # fmt: skip
 _EXTRAS = {
     "torch": "train", "safetensors": "train", "matplotlib": "train", "tokenizers": "tokenizers", "onnx": "export",

@@ -20,6 +20,10 @@ from hsa_compile.cli.common import (
     spinner,
 )
 
+ProviderName = Annotated[
+    Literal["auto", "cpu", "cuda"],
+    typer.Option(help="What ONNX Runtime runs on; auto: a GPU where there is one and the bundle has kernels for GPUs."),
+]
 AnyTargetName = Annotated[str, typer.Option("--target", "-t", help="A CPU level as for export, or cuda:sm_90a.")]
 
 
@@ -89,14 +93,15 @@ def run(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the fewest tokens of this probability.")] = 1.0,
     seed: Seed = 0,
+    provider: ProviderName = "auto",
     fused: Annotated[bool, typer.Option(help="The bundle's kernels, or the graph's function bodies.")] = True,
 ) -> None:
     """Stream text from a bundle in ONNX Runtime."""
     with friendly():
         from hsa_compile.export import Session, load_tokenizer
 
-        session = Session(bundle, fused=fused)
-        tokenizer = load_tokenizer(session.directory, session.manifest)
+        session = Session(bundle, provider=provider, fused=fused)
+        tokenizer = load_tokenizer(bundle, session.manifest)
         ids = tokenizer.encode(prompt)
         if not ids:
             fail("the prompt is empty; give at least one character")
@@ -124,6 +129,7 @@ def serve(
     body_bytes: Annotated[int, typer.Option(help="Most bytes of a request's body.")] = 4 << 20,
     seconds: Annotated[float, typer.Option(help="Most seconds from a request to the end of its answer.")] = 600.0,
     name: Annotated[str | None, typer.Option(help="Of the model, for clients. Default: the bundle's folder.")] = None,
+    provider: ProviderName = "auto",
     fused: Annotated[bool, typer.Option(help="The bundle's kernels, or the graph's function bodies.")] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Of ONNX Runtime. Default: it chooses.")] = None,
 ) -> None:
@@ -147,7 +153,7 @@ def serve(
             limits = Limits(context, max_tokens, queue, body_bytes, seconds=seconds)
         except ValueError as error:
             fail(str(error))
-        run_server(bundle_service(bundle, rows, limits, name, fused, threads), host, port)
+        run_server(bundle_service(bundle, rows, limits, name, provider, fused, threads), host, port)
 
 
 def validate(

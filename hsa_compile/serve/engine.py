@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from hsa_compile.export.sampling import Floats
-from hsa_compile.export.session import Ids, Session
-from hsa_compile.export.state import SessionState
+from hsa_compile.export.session import Session
 
 
 class Engine(Protocol):
@@ -41,40 +40,51 @@ class Engine(Protocol):
         ...
 
 
+class _Reader(NamedTuple):
+    """A prompt that is being read."""
+
+    session: Session
+    segments: Iterator[Floats]
+    length: int
+
+
 class SessionEngine:
-    """Rows over the weights and kernels of one session, each with its own state.
+    """The rows of a session. A prompt is read by a session of one row of its own, in segments, so that it costs the
+    others nothing but its time, and is then copied into its row.
 
     Args:
         session: used by nobody else from here on.
-        rows: texts at a time.
     """
 
-    def __init__(self, session: Session, rows: int) -> None:
-        self.rows = rows
+    def __init__(self, session: Session) -> None:
+        self.rows = session.batch
         self._session = session
-        self._free = list(reversed(range(rows)))
-        self._states: dict[int, SessionState] = {}
-        self._unread: dict[int, Ids] = {}
+        self._free = list(reversed(range(self.rows)))
+        self._readers: dict[int, _Reader] = {}
 
     def admit(self, prompt_ids: Sequence[int]) -> int:
-        self._session.reset()
+        reader = self._session.fork()
         row = self._free.pop()
-        self._states[row], self._unread[row] = self._session.state, np.asarray(prompt_ids, np.int64)
+        self._readers[row] = _Reader(reader, reader.segments(prompt_ids), len(prompt_ids))
         return row
 
     def read(self, row: int) -> Floats | None:
-        segment = self._session.segment
-        part, self._unread[row] = self._unread[row][:segment], self._unread[row][segment:]
-        logits = self._of(row).prefill(part)[0]
-        return None if len(self._unread[row]) else logits
+        reader = self._readers[row]
+        logits = next(reader.segments)
+        if reader.session.position < reader.length:
+            return None
+        self._session.copy_row(reader.session, 0, row)
+        del self._readers[row]
+        return logits[0]
 
     def decode(self, tokens: Mapping[int, int]) -> dict[int, Floats]:
-        return {row: self._of(row).prefill([token])[0] for row, token in tokens.items()}
+        ids, lengths = np.zeros((self.rows, 1), np.int64), np.zeros(self.rows, np.int64)
+        for row, token in tokens.items():
+            ids[row], lengths[row] = token, 1
+        logits = self._session.step(ids, lengths)
+        return {row: logits[row, 0] for row in tokens}
 
     def release(self, row: int) -> None:
-        del self._states[row], self._unread[row]
+        self._readers.pop(row, None)
+        self._session.reset(row)
         self._free.append(row)
-
-    def _of(self, row: int) -> Session:
-        self._session.state = self._states[row]
-        return self._session

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import uvicorn
 
+from hsa_compile.export.runtime import Provider
 from hsa_compile.export.session import Session
 from hsa_compile.export.text import load_tokenizer
 from hsa_compile.serve.app import Limits, Service
@@ -17,8 +18,8 @@ MORE_CONNECTIONS = 256
 
 
 def bundle_service(
-    bundle: Path, rows: int = 8, limits: Limits | None = None, name: str | None = None, fused: bool = True,
-    threads: int | None = None,
+    bundle: Path, rows: int = 8, limits: Limits | None = None, name: str | None = None, provider: Provider = "auto",
+    fused: bool = True, threads: int | None = None,
 ) -> Service:  # fmt: skip
     """The service of a bundle.
 
@@ -27,18 +28,17 @@ def bundle_service(
         rows: texts at a time.
         limits: of requests.
         name: of the model, told to clients; default: the bundle's directory's.
-        fused, threads: see ``Session``.
+        provider, fused, threads: see ``Session``.
 
     Raises:
         BundleError: the bundle cannot be opened.
         ValueError: a number is out of range.
     """
-    if rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
-    session = Session(bundle, fused=fused, threads=threads)
+    limits = limits or Limits()
+    session = Session(bundle, rows, provider, fused, threads, limit=limits.context)
+    tokenizer = load_tokenizer(Path(bundle), session.manifest)
     name = name or Path(bundle).resolve().name
-    tokenizer = load_tokenizer(session.directory, session.manifest)
-    return Service(SessionEngine(session, rows), tokenizer, session.vocab_size, name, limits)
+    return Service(SessionEngine(session), tokenizer, session.vocab_size, name, limits)
 
 
 def serve(service: Service, host: str = "127.0.0.1", port: int = 8000) -> None:
