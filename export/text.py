@@ -60,12 +60,13 @@ def load_tokenizer(directory: Path, manifest: Manifest) -> Tokenizer:
         return ByteTokenizer()
     if kind == "ids":
         raise BundleError(f"{directory} has no tokenizer: its model takes ids; export it with its tokenizer.json")
-    if kind != "json" or about.get("file") not in manifest.files:
-        raise BundleError(f"{directory} has a tokenizer of kind {kind!r}, which is not known; export the bundle again")
+    name = about.get("file")
+    if kind != "json" or not isinstance(name, str) or name not in manifest.files:
+        raise BundleError(f"{directory} has a tokenizer of kind {kind!r:.80}, which is not known; export it again")
     ends = about.get("end_ids")
     if not isinstance(ends, list) or not all(type(i) is int and 0 <= i < vocab_size for i in ends):
-        raise BundleError(f"{directory}: end_ids of the tokenizer must be token ids, got {ends!r}; export it again")
+        raise BundleError(f"{directory}: end_ids of the tokenizer must be token ids, got {ends!r:.80}; export it again")
     try:
-        return JsonTokenizer(directory / about["file"], ends)
+        return JsonTokenizer(directory / name, ends)
     except TokenizerError as error:
         raise BundleError(str(error)) from None
