@@ -39,8 +39,9 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x_NXd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.attention.split(self.norm(x_NXd))
-        x = x_NXd + self.attention.merge(attend(rotate(q, cos, sin), rotate(k, cos, sin), v))
-        return x + self.mlp(self.mlp_norm(x))
+        o = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        x, normed = self.mlp_norm.after(x_NXd, self.attention.merge(o))
+        return x + self.mlp(normed)
 
 
 class ChunkEncoder(nn.Module):

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsa_compile.model import fused
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.rows import Ragged
 
@@ -30,6 +31,8 @@ class RmsNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.serves(x):
+            return fused.rms_norm(x, self.weight, NORM_EPS)
         plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         if torch.compiler.is_exporting() or not plain:
             # The result has the dtype of x: under autocast, queries and keys stay in the values' half precision.
@@ -37,20 +40,35 @@ class RmsNorm(nn.RMSNorm):
         mean_square = torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1]
         return (x * self.weight) * torch.rsqrt(mean_square + NORM_EPS)
 
+    def after(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + added``, and its norm."""
+        if added.shape == x.shape and fused.serves(x):
+            return fused.add_norm(x, added, self.weight, NORM_EPS)
+        x = x + added
+        return x, self(x)
+
 
 def rms_norm(width: int) -> RmsNorm:
     return RmsNorm(width, eps=NORM_EPS)
 
 
-def rotations(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, 1, head_dim / 2] of positions 0 … length - 1, for [..., length, H, head_dim]."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None, None] * frequency
-    return angle.cos(), angle.sin()
+def rotations(
+    length: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, 1, head_dim / 2] of positions 0 … length - 1, for [..., length, H, head_dim].
+
+    Args:
+        dtype: of the angles; those of many positions want float64. The result is float32.
+    """
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
+    angle = torch.arange(length, device=device, dtype=dtype)[:, None, None] * frequency
+    return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE over leading batch dimensions: element i of the first half pairs with element i of the second."""
+    if x_THD.dim() == 4 and fused.serves(x_THD):
+        return fused.rotate(x_THD, cos, sin)
     a, b = x_THD.chunk(2, dim=-1)
     cos, sin = cos.to(x_THD.dtype), sin.to(x_THD.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -211,7 +229,10 @@ class SwiGlu(nn.Module):
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate_up = self.gate_up(x)
+        if fused.serves(gate_up):
+            return self.down(fused.gated(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
@@ -232,5 +253,5 @@ class SwaLayer(nn.Module):
         q, k, v = self.attention.split(self.norm(x_BLd))
         if ring_k_BRHD is not None and ring_v_BRHD is not None:
             k, v = torch.cat((ring_k_BRHD, k), dim=1), torch.cat((ring_v_BRHD, v), dim=1)
-        x = x_BLd + self.attention.merge(span.attend(q, k, v))
-        return x + self.mlp(self.mlp_norm(x)), k, v
+        x, normed = self.mlp_norm.after(x_BLd, self.attention.merge(span.attend(q, k, v)))
+        return x + self.mlp(normed), k, v

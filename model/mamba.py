@@ -195,8 +195,8 @@ class MambaLayer(nn.Module):
         if conv_BXc is None or ssm_BHPN is None:
             conv_BXc, ssm_BHPN = empty_state(self.config, x_BLd.shape[0], x_BLd.dtype, x_BLd.device)
         o, conv, ssm = self.mamba(self.norm(x_BLd), span, conv_BXc, ssm_BHPN)
-        x = x_BLd + o
-        return x + self.mlp(self.mlp_norm(x)), conv, ssm
+        x, normed = self.mlp_norm.after(x_BLd, o)
+        return x + self.mlp(normed), conv, ssm
 
 
 def empty_state(

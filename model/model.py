@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hsa_compile.model import fused
 from hsa_compile.model.baselines import FullAttention, MeanPooledMemory, NsaLayer
 from hsa_compile.model.cache import write_rows
 from hsa_compile.model.config import WITH_MAMBA, ConfigError, ModelConfig
@@ -354,7 +355,11 @@ def sequence_loss(
     Args:
         total: what the weights of the whole batch add up to, where this is a part of it; the parts' losses add up.
     """
-    loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="none")
+    logits, targets = logits_BLV.flatten(0, 1), targets_BL.flatten()
+    if fused.serves(logits):
+        loss = fused.cross_entropy(logits, targets)
+    else:
+        loss = F.cross_entropy(logits.float(), targets, reduction="none")
     if weights_BL is None:
         return loss.mean()
     weights = weights_BL.flatten()

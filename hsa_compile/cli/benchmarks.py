@@ -53,6 +53,7 @@ def bench_model(
     prefill_lengths: Annotated[list[int] | None, typer.Option("--prefill-length", help="Tokens of context.")] = None,
     decode_lengths: Annotated[list[int] | None, typer.Option("--decode-length", help="Tokens of context.")] = None,
     train_tokens: Annotated[int | None, typer.Option(help="Tokens a step and process.")] = None,
+    segment: Annotated[int | None, typer.Option(help="Tokens a prefill step.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="For all; what does not fit is left out.")] = 600.0,
     seed: Seed = 0,
 ) -> None:
@@ -72,8 +73,7 @@ def bench_model(
             "decode_lengths": decode_lengths,
         }  # fmt: skip
         given = {name: tuple(value) for name, value in given.items() if value} | {"seconds": seconds, "seed": seed}
-        if train_tokens is not None:
-            given["train_tokens"] = train_tokens
+        given |= {name: n for name, n in (("train_tokens", train_tokens), ("segment", segment)) if n is not None}
         plan = model.Plan(preset, device, **given)
         with spinner("measuring") as say:
             rows, main = model.run(plan, say, partial(write_suite, output / "model.jsonl"))
@@ -122,6 +122,24 @@ def bench_kernels(
                 shapes, seed, say, partial(write_suite, output / "kernels.jsonl")
             )
         _save(kernels, rows, output, "kernels")
+
+
+@bench_app.command("plot")
+def bench_plot(
+    measurements: Annotated[
+        Path, typer.Argument(help="A file that a bench command wrote.", exists=True, dir_okay=False)
+    ],
+) -> None:
+    """Draw a suite's picture from its measurements, beside them."""
+    with friendly():
+        from hsa_compile.bench import kernels, model, models, tuning
+        from hsa_compile.bench.record import read_suite
+
+        suites: dict[str, Any] = {"kernels": kernels, "model": model, "e2e": models, "tuning": tuning}
+        rows = read_suite(measurements)
+        if (suite := rows[0]["suite"]) not in suites:
+            fail(f"suite {suite!r} has no picture; those that have: {', '.join(suites)}")
+        console.print(f"{suites[suite].plot(rows, measurements.with_suffix('.png'))}")
 
 
 def _captured(directory: Path, text: Path | None, length: int, gpu: bool, seed: int) -> list[Shape]:

@@ -26,8 +26,8 @@ Seed = Annotated[int, typer.Option(help="Makes the run repeatable.")]
 # define them are not imported to say --help.
 _USER_ERRORS = {
     "BuildError", "BundleError", "CapacityError", "CheckpointError", "ConfigError", "DataError", "DeviceError",
-    "GenerationError", "JournalError", "LibraryError", "ProblemError", "RecordError", "ScheduleError", "StepError",
-    "TargetError", "TokenizerError", "TrainingError",
+    "GenerationError", "JournalError", "LibraryError", "MeasurementError", "ProblemError", "RecordError",
+    "ScheduleError", "StepError", "TargetError", "TokenizerError", "TrainingError",
 }  # fmt: skip
 _EXTRAS = {
     "torch": "train", "safetensors": "train", "matplotlib": "train", "tokenizers": "tokenizers", "onnx": "export",
