@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hsa_compile import validate
-from hsa_compile.bench import models
+from hsa_compile.bench import e2e
 from hsa_compile.bench.record import write_suite
 from hsa_compile.export import Session, export_bundle, load_tokenizer
 from hsa_compile.kernels import build_all
@@ -60,11 +60,11 @@ def run_demo(config: TrainConfig, output: Path, console: Console, spinner: Spinn
         checks = validate.run(model, bundle, split_text(text)[1], config.seed, say)
     write_suite(output / "parity.jsonl", validate.rows(checks, config.seed))
     with spinner("measuring") as say:
-        rows = models.run(model, bundle, seconds=BENCH_SECONDS, seed=config.seed, progress=say)
+        rows = e2e.run(bundle, Path(config.out), seconds=BENCH_SECONDS, seed=config.seed, progress=say)
     write_suite(output / "e2e.jsonl", rows)
-    plot = models.plot(rows, output / "e2e.png")
+    plot = e2e.plot(rows, output / "e2e.png")
     summary = _summary(config, result, accuracies, time.perf_counter() - started)
-    parts = (Text(sample), validate.table(checks), models.table(rows), summary, Text(f"speed plot  {plot}"))
+    parts = (Text(sample), validate.table(checks), e2e.table(rows), summary, Text(f"speed plot  {plot}"))
     console.print(Panel(Group(*parts), title="hsa-compile", expand=False))
     return all(check.passed for check in checks)
 
