@@ -3,6 +3,7 @@ and what becomes of candidates that take the measuring process down."""
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -125,6 +126,7 @@ def test_what_a_form_does_not_read_is_not_searched() -> None:
         (PROBLEMS[1], "forward", GpuTile(tokens=32, stages=4), "KiB of shared memory"),
         (PROBLEM, "forward", GpuTile(tokens=4, stages=64), "KiB of shared memory"),
         (PROBLEM, "forward", GpuTile(tokens=4, stages=1), "at least 2 stages"),
+        (PROBLEM, "backward", GpuTile(tokens=4, stages=1), "at least 2 stages"),
         (ChunkAttention(1, 1, 64, 64, 2, dtype="float16"), "backward", GpuTile(tokens=65), "at most 64 tokens"),
         (PROBLEMS[5], "forward", GpuTile(tokens=100), "whole 64 tokens"),
         (PROBLEM, "forward", TritonTile(warps=32), "at most 16 warps"),
@@ -133,6 +135,13 @@ def test_what_a_form_does_not_read_is_not_searched() -> None:
 )
 def test_tiles_that_cannot_run_are_refused(problem: Problem, pass_name: str, tile: Any, complaint: str) -> None:
     assert re.search(complaint, refusal(problem, pass_name, tile, LEVEL) or "")
+
+
+def test_hand_picked_tiles_can_run_at_all_sizes() -> None:
+    for G, D, S in itertools.product((1, 2, 3, 5, 8, 12, 16, 64), range(16, 257, 48), range(16, 257, 48)):
+        problem = ChunkAttention(G, 1, D, S, 4, dtype="bfloat16")
+        for pass_name, length in (("forward", None), ("forward", 1), ("backward", None)):
+            assert refusal(problem, pass_name, default_tile(problem, pass_name, LEVEL, length), LEVEL) is None
 
 
 def test_wgmma_is_refused_where_there_is_none() -> None:
