@@ -122,7 +122,7 @@ def has_kernel(x: Tensor, length: int) -> bool:
 
 @functools.cache
 def _compiles_rightly(device: torch.device) -> bool:
-    """On Hopper Triton 3.4 to 3.7.0 miscompiles the gradient, so fla-core refuses (flash-linear-attention, issue 640)."""
+    """On Hopper Triton 3.4 to 3.7.0 miscompiles the gradient, so fla-core refuses it (fla-org, issue 640)."""
     import triton
 
     version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
