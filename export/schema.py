@@ -1,4 +1,4 @@
-"""ONNX schemas of the two operators: domain ``hsa``, opset 1. See ``hsa_compile.ops`` for what they compute."""
+"""ONNX schemas of the operators: domain ``hsa``, opset 1. ``hsa_compile.ops`` and ``window`` say what they compute."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ index -1 and score 0. Rows of landmark from chunks[b] on are not looked at.
 _ATTENTION_DOC = """
 o[t,h] = sum_k weights[t,g,k] * softmax_j(q[t,h]·k[c,j]*scale) · v[c,j], c = indices[t,g,k], g the kv head of h.
 Slots with index -1 contribute nothing. With off_by_one, 1 is added to the softmax denominators.
+"""
+
+_WINDOW_DOC = """
+Causal softmax attention of each token to the window of W tokens that ends with it: token i of row b has position
+p = position[b] + i and sees keys j with p - W < j <= p and j >= 0. Keys from position[b] on are in k, those before in a
+ring, key j in slot j mod W. Scores are q·k/sqrt(D); q and k come rotated. Only the first lengths[b] tokens of a row
+count; the output of the others is finite and means nothing. present_k and present_v are the rings after those tokens:
+slot j mod W holds key j for the last W of them. They may be written over past_k and past_v.
 """
 
 
@@ -91,11 +99,30 @@ _SCHEMAS = (
             "scale": ("factor of the logits; 0 for 1/sqrt(D)", 0.0),
         },
     ),
+    _schema(
+        "SlidingWindow",
+        _WINDOW_DOC,
+        inputs={
+            "q": ("T", "[B, L, Hq, D]"),
+            "k": ("T", "[B, L, Hkv, D]"),
+            "v": ("T", "[B, L, Hkv, D]"),
+            "past_k": ("T", "[B, W, Hkv, D]"),
+            "past_v": ("T", "[B, W, Hkv, D]"),
+            "position": ("tensor(int64)", "[B], tokens before the segment"),
+            "lengths": ("tensor(int64)", "[B], 0 … L, tokens of the segment that count"),
+        },
+        outputs={
+            "o": ("T", "[B, L, Hq, D]"),
+            "present_k": ("T", "[B, W, Hkv, D]"),
+            "present_v": ("T", "[B, W, Hkv, D]"),
+        },
+        attributes={},
+    ),
 )
 
 
 def register() -> None:
-    """Makes both operators known to ``onnx`` (checker, shape inference, exporter). Calling it again changes nothing."""
+    """Makes the operators known to ``onnx`` (checker, shape inference, exporter). Calling it again changes nothing."""
     for schema in _SCHEMAS:
         if not defs.has(schema.name, DOMAIN):
             defs.register_schema(schema)

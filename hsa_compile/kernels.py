@@ -85,6 +85,23 @@ def deployed(problems: Sequence[AnyProblem], targets: Sequence[str] = ("cpu:nati
                 yield Served(artifact, jobs[job])
 
 
+def exported(config: ModelConfig, targets: Sequence[str] = ("cpu:native",), dtype: Dtype = "float32") -> list[Served]:
+    """The kernels of a bundle of that type.
+
+    No program for GPUs is in float32: the library's plain kernels compute it, beside compiled ones in bfloat16, by
+    which it knows that it is for GPUs.
+
+    Raises:
+        BuildError: one of them cannot be built.
+        TargetError: a target is unknown.
+    """
+    served: list[Served] = []
+    for target in dict.fromkeys(targets):
+        kind: Dtype = "bfloat16" if target.startswith("cuda:") and dtype == "float32" else dtype
+        served += deployed(deployed_problems(config, kind), [target])
+    return sorted(served, key=lambda one: (one.kernel.target, one.kernel.problem.op, one.length))
+
+
 def _build_served(problem: AnyProblem, target: str, tile: Tile | None) -> Artifact | None:
     try:
         return build(problem, "forward", target, tile)

@@ -87,10 +87,10 @@ def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Tensor | None =
         return o.transpose(1, 2)
     # Exported graphs take plain products, which every runtime computes for empty batches as well.
     q = q.unflatten(1, (k.shape[1], -1))
-    scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = (q @ k.unsqueeze(2).transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
+    return (scores.softmax(-1).to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
 
 
 class Span(Protocol):
@@ -205,7 +205,7 @@ class Projections(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = (config.swa_heads, config.swa_kv_heads, config.swa_kv_heads)
-        D = config.swa_head_dim
+        self.D = D = config.swa_head_dim
         self.qkv = nn.Linear(config.d_model, sum(self.heads) * D, bias=False)
         self.out = nn.Linear(config.swa_heads * D, config.d_model, bias=False)
         self.q_norm = rms_norm(D) if config.qk_norm else nn.Identity()
@@ -213,7 +213,8 @@ class Projections(nn.Module):
 
     def split(self, x_BLd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, L, H, D], k and v [B, L, Hkv, D], before any rotation."""
-        q, k, v = self.qkv(x_BLd).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
+        parts = self.qkv(x_BLd).split([heads * self.D for heads in self.heads], dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.D)) for part in parts)
         return self.q_norm(q), self.k_norm(k), v
 
     def merge(self, o_BLHD: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -13,11 +14,23 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from filelock import FileLock
 from onnx import TensorProto, helper
 
 from hsa_compile.export import functions, schema
+from hsa_compile.export.package import export_bundle
 from hsa_compile.ir import AnyProblem, ChunkAttention, ChunkSelect, Problem
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.model import HsaModel
 from hsa_compile.schedules import resolve
+from kit import lively
+
+# Every part of a model, small.
+CONFIG = ModelConfig(
+    vocab_size=50, d_model=32, mlp_dim=48, lower_layers=1, upper_layers=1, n_groups=1, swa_heads=4, swa_kv_heads=2,
+    swa_head_dim=8, window=7, chunk_size=4, hsa_heads=4, hsa_kv_heads=2, hsa_head_dim=8, retrieval_heads=1,
+    retrieval_dim=8, top_k=3, train_top_k=3, off_by_one=True, leave_window=True,
+)  # fmt: skip
 
 # By the operator library, or by the function bodies in the graph.
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "functions"])
@@ -124,6 +137,18 @@ def naive_kernel(p: Problem, directory: Path, abi: str = "HSA_KERNEL_ABI", stage
     include = resources.files("hsa_compile.schedules.host")
     subprocess.run(["cc", "-O2", "-fPIC", f"-I{include}", "-c", str(source), "-o", str(built)], check=True)
     return NaiveKernel(p, [built], symbol)
+
+
+def shared_bundle(factory: pytest.TempPathFactory) -> Path:
+    """A bundle of ``CONFIG`` with naive kernels, made once for all test processes, as exporting takes long."""
+    shared = factory.getbasetemp()
+    directory = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "bundle"
+    directory.mkdir(exist_ok=True)
+    with FileLock(directory / "lock"):
+        if not (directory / "tiny").exists():
+            kernels = [naive_kernel(problem, directory) for problem in CONFIG.problems()]
+            export_bundle(lively(HsaModel(CONFIG)), directory / "tiny", kernels, external_data_above=0)
+    return directory / "tiny"
 
 
 _T, _FLOAT, _INT32, _INT64 = 0, int(TensorProto.FLOAT), int(TensorProto.INT32), int(TensorProto.INT64)

@@ -63,13 +63,26 @@ int64_t attribute(const ort::InferContext* context, const char* name) {
   return value;
 }
 
+/* The dimensions of an input: false where ONNX Runtime does not know one, not even by name. To hand such a one on would
+ * say that it is -1. */
+bool known(ort::TypeShape* info, int64_t* dims, const char** symbols) {
+  size_t rank = 0;
+  check(api.GetDimensionsCount(info, &rank));
+  if (rank != kRank) return false;
+  check(api.GetDimensions(info, dims, kRank));
+  check(api.GetSymbolicDimensions(info, symbols, kRank));
+  for (size_t i = 0; i < kRank; ++i)
+    if (dims[i] < 0 && !*symbols[i]) return false;
+  return true;
+}
+
 /* The output has the input's shape and type. */
 void infer_like(ort::InferContext* context, size_t from, size_t to) {
   ort::TypeShape* shape = nullptr;
-  size_t rank = 0;
+  int64_t dims[kRank];
+  const char* symbols[kRank];
   check(api.ShapeInferContext_GetInputTypeShape(context, from, &shape));
-  check(api.GetDimensionsCount(shape, &rank));
-  if (rank == kRank) check(api.ShapeInferContext_SetOutputTypeShape(context, to, shape));
+  if (known(shape, dims, symbols)) check(api.ShapeInferContext_SetOutputTypeShape(context, to, shape));
 }
 
 void infer(const Attention*, ort::InferContext* context) { infer_like(context, 0, 0); }
@@ -82,14 +95,10 @@ void infer(const Window*, ort::InferContext* context) {
 
 void infer(const Select*, ort::InferContext* context) {
   ort::TypeShape *q = nullptr, *result = nullptr;
-  size_t rank = 0;
-  check(api.ShapeInferContext_GetInputTypeShape(context, 0, &q));
-  check(api.GetDimensionsCount(q, &rank));
-  if (rank != kRank) return;
   int64_t dims[kRank];
   const char* symbols[kRank];
-  check(api.GetDimensions(q, dims, kRank));
-  check(api.GetSymbolicDimensions(q, symbols, kRank));
+  check(api.ShapeInferContext_GetInputTypeShape(context, 0, &q));
+  if (!known(q, dims, symbols)) return;
   dims[2] = attribute(context, "kv_num_heads");
   dims[3] = attribute(context, "top_k");
   symbols[2] = symbols[3] = "";
