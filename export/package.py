@@ -9,23 +9,22 @@ import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from hsa_compile.export.bundle import GRAPH, LIBRARY, MANIFEST, README, BundleError, Manifest, write_manifest
 from hsa_compile.export.graph import EXPORTED, EXTERNAL_DATA_ABOVE, export_graph, graph_dtype, state_specs
 from hsa_compile.export.library import KernelObjects, LibraryError, Served, build_library
+from hsa_compile.export.text import add_tokenizer
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
 from hsa_compile.schedules import choose
-
-BYTES_TOKENIZER = {"kind": "bytes"}
 
 
 def export_bundle(
     model: HsaModel,
     directory: Path,
     kernels: Sequence[KernelObjects | Served] = (),
-    tokenizer: dict[str, Any] | None = None,
+    tokenizer: Path | None = None,
+    end_tokens: Sequence[str] = (),
     external_data_above: int = EXTERNAL_DATA_ABOVE,
 ) -> Path:
     """Writes a bundle: graph, operator library and description. It appears whole or not at all.
@@ -35,7 +34,7 @@ def export_bundle(
         directory: the bundle; an existing bundle there is replaced, anything else is refused.
         kernels: ``hsa_compile.kernels.exported``; without any, the bundle has no library and runs by the operators'
             function bodies alone.
-        tokenizer: plain data that says how text becomes ids; bytes by default.
+        tokenizer, end_tokens: see ``text.add_tokenizer``; bytes by default.
         external_data_above: see ``graph.export_graph``.
 
     Returns:
@@ -45,6 +44,7 @@ def export_bundle(
         BundleError: ``directory`` exists and is not a bundle.
         LibraryError: a kernel is missing for this model, or the library cannot be built.
         ConfigError: the architecture is not exported.
+        TokenizerError: the tokenizer cannot be read, or is not the model's.
         ValueError: the model is not on the CPU, or of another type.
     """
     model.config.require("exporting", EXPORTED)
@@ -55,18 +55,18 @@ def export_bundle(
     served = [one if isinstance(one, Served) else Served(one) for one in kernels]
     _check_kernels(model.config, served, dtype)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    manifest = Manifest(
-        model=json.loads(json.dumps(model.config.to_dict())),
-        tokenizer=tokenizer or BYTES_TOKENIZER,
-        state=state_specs(model.config, dtype),
-        dtype=dtype,
-        targets=tuple(sorted({one.kernel.target for one in served})),
-        kernels=tuple(_origin(one) for one in served),
-        versions={name: version(name) for name in ("hsa-compile", "torch", "onnx", "onnxruntime")},
-    )
     with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
         made = Path(scratch) / "bundle"
         made.mkdir()
+        manifest = Manifest(
+            model=json.loads(json.dumps(model.config.to_dict())),
+            tokenizer=add_tokenizer(made, model.config.vocab_size, tokenizer, end_tokens),
+            state=state_specs(model.config, dtype),
+            dtype=dtype,
+            targets=tuple(sorted({one.kernel.target for one in served})),
+            kernels=tuple(_origin(one) for one in served),
+            versions={name: version(name) for name in ("hsa-compile", "torch", "onnx", "onnxruntime")},
+        )
         export_graph(model, made / GRAPH, external_data_above)
         if served:
             build_library(served, made / LIBRARY)
@@ -87,7 +87,9 @@ def _check_kernels(config: ModelConfig, served: Sequence[Served], dtype: str) ->
 def _origin(one: Served) -> dict[str, str]:
     """A kernel's line in the manifest."""
     kernel = one.kernel
-    choice = choose(kernel.problem, "forward", kernel.target, one.length or 1)
+    # On a CPU one kernel serves every length.
+    length = one.length or (1 if kernel.target.startswith("cuda:") else None)
+    choice = choose(kernel.problem, "forward", kernel.target, length)
     schedule = {"default": "hand-picked", "environment": "given by the environment"}.get(choice.origin, "")
     if choice.record is not None:
         record, measured = choice.record.record, choice.record.record.measured

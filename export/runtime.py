@@ -11,13 +11,17 @@ from typing import Any, Literal
 
 import onnxruntime as ort
 
-from hsa_compile.export.bundle import GRAPH, LIBRARY, BundleError, Manifest
+from hsa_compile.export.bundle import GRAPH, LIBRARY, MANIFEST, BundleError, Manifest
 from hsa_compile.export.memory import Cuda, Device, Host
 
 log = logging.getLogger("hsa_compile")
 
 Provider = Literal["auto", "cpu", "cuda"]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+_TYPES = {
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64",
+}  # fmt: skip
 
 # The first with TensorScatter on the CPU, by which a step writes the chunk memory in place.
 MINIMUM_RUNTIME = (1, 25)
@@ -93,9 +97,19 @@ def open_runtime(
             f"{_PROVIDERS[chosen]} did not start, ONNX Runtime fell back to {session.get_providers()[0]}: check that "
             "CUDA's and cuDNN's libraries are found (importing torch first does), or ask for the CPU"
         )
+    _check_graph(session, manifest)
     runtime = Runtime(session, chosen, fused, device, manifest, graphs)
     log.info("%s: %s", directory, runtime.describe())
     return runtime
+
+
+def _check_graph(session: Any, manifest: Manifest) -> None:
+    """State is bound by its address: what the graph takes for its shape must be what is allocated."""
+    specs = {f"past.{spec.name}": (spec.dtype, list(spec.shape)) for spec in manifest.state}
+    inputs = {x.name: (_TYPES.get(x.type), x.shape) for x in session.get_inputs() if x.name.startswith("past.")}
+    logits: list[Any] = next((x.shape for x in session.get_outputs() if x.name == "logits"), [])
+    if inputs != specs or logits[-1:] != [manifest.model["vocab_size"]]:
+        raise BundleError(f"{GRAPH} is not the graph that {MANIFEST} describes; export the bundle again")
 
 
 def _check_version() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from hsa_compile.export.binding import Binding, Decoder
 from hsa_compile.export.bundle import GRAPH, LIBRARY, read_manifest
 from hsa_compile.export.runtime import Provider, Runtime, open_runtime
-from hsa_compile.export.sampling import Floats, Sampler
+from hsa_compile.export.sampling import Floats, Sampler, checked_token
 from hsa_compile.export.state import SessionState
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -171,6 +171,14 @@ class Session:
         numbers for less work, which does not grow faster than the prompt."""
         return self._prefill(*self._checked(ids, lengths), segment, short=True)
 
+    def segments(self, ids: Tokens, *, lengths: Lengths = None) -> Iterator[Floats]:
+        """``short_prefill`` that pauses after each segment, for who has other things to do between them.
+
+        Yields:
+            What ``short_prefill`` returns, as far as it is known: complete with the last.
+        """
+        return self._segments(*self._checked(ids, lengths), None, short=True)
+
     def generate(
         self,
         prompt_ids: Tokens,
@@ -195,6 +203,7 @@ class Session:
 
         Raises:
             ValueError: a value is out of range, the prompt is empty, or the session has several rows.
+            GenerationError: while iterating, where the model's logits are no numbers.
         """
         if self.batch != 1:
             raise ValueError("generate continues one text; use generate_batch for a session of several rows")
@@ -263,9 +272,18 @@ class Session:
             if left:
                 step = self._decoder.run(np.where(live, tokens, 0), live)
                 # The likeliest tokens come from the graph: on a GPU, no logits cross the bus for them.
-                tokens = step.token.tolist() if greedy else [f(row) for f, row in zip(samplers, step.logits)]
+                if greedy:
+                    tokens = [checked_token(row, token) for row, token in zip(step.logits, step.token.tolist())]
+                else:
+                    tokens = [sample(row) for sample, row in zip(samplers, step.logits)]
 
     def _prefill(self, ids: Ids, lengths: Ids, segment: int | None, short: bool) -> Floats:
+        logits = np.zeros((self.batch, self.vocab_size), np.float32)
+        for known in self._segments(ids, lengths, segment, short):
+            logits = known
+        return logits
+
+    def _segments(self, ids: Ids, lengths: Ids, segment: int | None, short: bool) -> Iterator[Floats]:
         size = self.segment if segment is None else segment
         if size < 1:
             raise ValueError(f"segment must be at least 1, got {segment}")
@@ -282,7 +300,7 @@ class Session:
             last = np.where(ends, taken - 1 - (L - upper), 0)[:, None]
             got = self._run(part, taken, upper, last)[:, 0]
             logits[ends] = got[ends]
-        return logits
+            yield logits
 
     def _run(self, ids: Ids, lengths: Ids, upper: int, logits_at: Ids) -> Floats:
         """Logits [B, w, V] after tokens ``logits_at`` [B, w] of the last ``upper`` ones, those of the upper half."""

@@ -22,7 +22,10 @@ from hsa_compile.model.model import HsaModel
 class Leg(Protocol):
     """One way to run a model in its type."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Of the leg in tables."""
+        ...
 
     def logits(self, rows: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> list[Any]:
         """Logits [L, V] of each row's tokens, which it reads in so many at a time."""

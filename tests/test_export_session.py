@@ -22,9 +22,10 @@ from hsa_compile.export.binding import StepError
 from hsa_compile.export.bundle import BundleError, Manifest
 from hsa_compile.export.library import LibraryError, build_library
 from hsa_compile.export.package import export_bundle
-from hsa_compile.export.sampling import Sampler
+from hsa_compile.export.sampling import GenerationError, Sampler
 from hsa_compile.export.session import Session
 from hsa_compile.export.state import CapacityError
+from hsa_compile.export.strict import seal
 from hsa_compile.model.model import HsaModel
 from hsa_compile.schedules import build
 from kit import lively
@@ -282,7 +283,7 @@ def test_a_failed_run_leaves_an_empty_session(bundle: Path, monkeypatch: pytest.
     session = Session(bundle, threads=1)
     session.step([1, 2, 3, 4, 5])
     with monkeypatch.context() as broken:
-        broken.setattr(session.state, "make_room", lambda lengths: None)
+        broken.setattr(session.state, "make_room", lambda *_: None)
         with pytest.raises(StepError, match="forgot its texts"):
             session.step(np.zeros((1, 5000), np.int64))
     assert session.position == 0
@@ -301,7 +302,7 @@ def test_options_are_checked(bundle: Path) -> None:
         Session(bundle, provider="cuda")
     session = Session(bundle)
     assert "CPUExecutionProvider, float32" in session.describe()
-    assert "chunk_select for cpu:" in session.describe()
+    assert "chunk_select, float32 for cpu:" in session.describe()
     assert "function bodies" in Session(bundle, fused=False).describe()
     for wrong in ([3], [-1, 0], [0.5], [[1]]):
         with pytest.raises(ValueError, match="1 integers from 0 to 2"):
@@ -343,7 +344,8 @@ def test_changed_and_missing_files_are_refused(copy: Path, name: str) -> None:
 
 def edit(directory: Path, **changed: Any) -> None:
     path = directory / "bundle.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    data = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps(data | {"sha256": seal(data)}))
 
 
 @pytest.mark.parametrize(
@@ -353,7 +355,8 @@ def edit(directory: Path, **changed: Any) -> None:
         ({"format_version": 99}, "format version 99"),
         ({"state": None}, "damaged"),
         ({"model": {"vocab_size": 50}}, "damaged"),
-        ({"files": {"../model.onnx": ""}}, "no model.onnx"),
+        ({"files": {}}, "no model.onnx"),
+        ({"files": {"../model.onnx": "0" * 64}}, "'../model.onnx' is not a plain file name"),
         ({"targets": ["cpu:plan9"]}, "another kind of machine: unknown target 'cpu:plan9'.*fused=False"),
     ],
 )
@@ -363,11 +366,14 @@ def test_foreign_descriptions_are_refused(copy: Path, changed: dict[str, Any], m
         Session(copy)
 
 
-def test_files_outside_the_bundle_are_refused(copy: Path) -> None:
-    files = json.loads((copy / "bundle.json").read_text())["files"]
-    edit(copy, files=files | {"../elsewhere": "0"})
-    with pytest.raises(BundleError, match="not a plain file name"):
-        Session(copy)
+def test_graphs_of_another_model_are_refused(copy: Path) -> None:
+    data = json.loads((copy / "bundle.json").read_text())
+    state = data["state"]
+    wide = [spec | {"shape": [*spec["shape"][:-1], 2 * spec["shape"][-1]]} for spec in state[1:]]
+    for changed in ({"state": [state[0], *wide]}, {"state": state[:-1]}, {"model": data["model"] | {"vocab_size": 51}}):
+        edit(copy, **(data | changed))
+        with pytest.raises(BundleError, match=r"model\.onnx is not the graph that bundle\.json describes"):
+            Session(copy)
 
 
 def test_folder_that_is_no_bundle(tmp_path: Path) -> None:
@@ -376,6 +382,19 @@ def test_folder_that_is_no_bundle(tmp_path: Path) -> None:
     (tmp_path / "bundle.json").write_text("{")
     with pytest.raises(BundleError, match="not JSON"):
         Session(tmp_path)
+
+
+@FUSED
+def test_weights_that_are_no_numbers(copy: Path, fused: bool) -> None:
+    path = copy / "model.onnx.data"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    files = json.loads((copy / "bundle.json").read_text())["files"]
+    edit(copy, files=files | {path.name: bundles.file_digest(path)})
+    session = Session(copy, fused=fused)
+    for options in ({}, {"temperature": 1.0}):
+        session.reset()
+        with pytest.raises(GenerationError, match=r"largest logit is nan.*weights are damaged"):
+            list(session.generate([1, 2, 3], 5, **options))
 
 
 def test_missing_cpu_features_are_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

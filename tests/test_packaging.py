@@ -15,8 +15,19 @@ from export_kit import shared_bundle
 from hsa_compile.export import Session
 
 ROOT = Path(__file__).parent.parent
-PARTS = ["hsa_compile", *(f"hsa_compile.{name}" for name in ("ir", "schedules", "model", "export", "bench"))]
-MODULES = ["model.train", "export.session", "schedules.builder", "ops", "cli", "demo", "validate", "doctor", "kernels"]
+PARTS = ["hsa_compile", *(f"hsa_compile.{name}" for name in ("ir", "schedules", "model", "export", "bench", "serve"))]
+MODULES = [
+    "model.train",
+    "export.session",
+    "schedules.builder",
+    "ops",
+    "cli",
+    "demo",
+    "validate",
+    "doctor",
+    "kernels",
+    "serve.server",
+]
 
 
 @pytest.fixture(scope="module")
