@@ -1,8 +1,8 @@
 """Norms, rotations, gates and the loss on a GPU, each in one pass over memory.
 
-PyTorch composes these of five to twenty kernels, which were half of a training step's time on an H100. Where Triton
-cannot serve, and where tensors are so small that launches count rather than bytes, ``serves`` says no, and the callers
-go on in PyTorch: the same up to rounding.
+PyTorch composes these of several kernels each: by the profile of a step of 240m at 4 K tokens on an H100, 84 of 221 ms,
+casts not counted. Where Triton cannot serve, and where tensors are so small that launches count rather than bytes,
+``serves`` says no, and the callers go on in PyTorch: the same up to rounding.
 """
 
 from __future__ import annotations

@@ -117,7 +117,16 @@ def _simple_gla() -> Callable[..., Any] | None:
 def has_kernel(x: Tensor, length: int) -> bool:
     """Whether fla's kernels scan what was projected to ``x``: half precision on a GPU, a chunk of tokens or more."""
     half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
-    return half and length >= SCAN_CHUNK and _simple_gla() is not None
+    return half and length >= SCAN_CHUNK and _simple_gla() is not None and _compiles_rightly(x.device)
+
+
+@functools.cache
+def _compiles_rightly(device: torch.device) -> bool:
+    """On Hopper Triton 3.4 to 3.7.0 miscompiles the gradient, so fla-core refuses it (fla-org, issue 640)."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+    return torch.cuda.get_device_capability(device)[0] != 9 or not (3, 4) <= version < (3, 7, 1)
 
 
 class Mamba2(nn.Module):

@@ -271,11 +271,12 @@ def check_in_place(p: SlidingWindow) -> None:
 
 
 def check_graph(p: AnyProblem, L: int) -> None:
-    """A replay computes on what inputs hold then, the ring written in place."""
+    """A replay computes on what inputs hold then, one token's ring written in place. ONNX Runtime runs a graph several
+    times before it captures it, and of more tokens the later ones need what a run overwrites."""
     operator = Operator(p, graph=True)
     static, *shown = (random_inputs(p, 2, L, 40 + 2 * i if isinstance(p, SlidingWindow) else 40, i) for i in range(4))
     outputs = empty_outputs(p, static)
-    if isinstance(p, SlidingWindow):
+    if isinstance(p, SlidingWindow) and L == 1:
         outputs = (outputs[0], *static[3:5])
     binding = operator.bind(static, outputs)
     shown = [tuple(x.clone() for x in static), *shown, tuple(x.flip(0).contiguous() for x in static)]

@@ -162,10 +162,10 @@ def _one_tile_each(package: str) -> Iterator[None]:
 
 
 def check_mamba_scan() -> str:
-    """fla-core's scan is the plain one, with its gradients; said where it is not installed."""
+    """fla-core's scan is the plain one, with its gradients; said where it does not serve."""
     x = torch.empty(1, dtype=torch.bfloat16, device="cuda")
     if not has_kernel(x, SCAN_CHUNK):
-        return "(fla-core is not installed)"
+        return "(fla-core is not installed, or Triton miscompiles it here)"
     B, L, H, P, N = 2, 300, 4, 32, 64
     x, b, c = (torch.randn(B, L, *rest, device="cuda") for rest in ((H, P), (N,), (N,)))
     a, h = -torch.rand(B, L, H, device="cuda"), torch.randn(B, H, P, N, device="cuda")
