@@ -23,13 +23,7 @@ class Leg(Protocol):
     """One way to run a model in its type."""
 
     @property
-<<<<<<< HEAD
-    def name(self) -> str:
-        """Of the leg in tables."""
-        ...
-=======
     def name(self) -> str: ...
->>>>>>> main
 
     def logits(self, rows: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> list[Any]:
         """Logits [L, V] of each row's tokens, which it reads in so many at a time."""
