@@ -87,7 +87,9 @@ def _check_kernels(config: ModelConfig, served: Sequence[Served], dtype: str) ->
 def _origin(one: Served) -> dict[str, str]:
     """A kernel's line in the manifest."""
     kernel = one.kernel
-    choice = choose(kernel.problem, "forward", kernel.target, one.length or 1)
+    # On a CPU one kernel serves every length.
+    length = one.length or (1 if kernel.target.startswith("cuda:") else None)
+    choice = choose(kernel.problem, "forward", kernel.target, length)
     schedule = {"default": "hand-picked", "environment": "given by the environment"}.get(choice.origin, "")
     if choice.record is not None:
         record, measured = choice.record.record, choice.record.record.measured

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hsa_compile.export.window import rotary, sliding_window
+from hsa_compile.model.cache import cache_write
 from hsa_compile.model.encoder import Memory
 from hsa_compile.model.model import HsaModel
 
@@ -149,7 +150,7 @@ class StaticStep(nn.Module):
             heads = encoded.shape[2:]
             flat = encoded.reshape(-1, tokens * heads.numel())  # [B * n, ...], back into rows of the batch
             update = F.embedding(completing, flat).view(completing.shape[0], -1, *heads)
-            written.append(torch.ops.hsa.cache_write(cache, update, done * tokens))
+            written.append(cache_write(cache, update, done * tokens))
         completed_B1 = after.div(S, rounding_mode="trunc")[:, None] - done[:, None]
         return Memory(*written), take(completed_B1 * S + place_S)
 

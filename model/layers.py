@@ -126,8 +126,7 @@ class SlidingWindow:
         starts_BL: Tensor | None = None,
     ) -> None:
         self.W, self.R, self.L = config.window, ring, length
-        # The export holds for any length, and is meant for segments of about a window.
-        self.blocked = not torch.compiler.is_exporting() and length > self.W
+        self.blocked = length > self.W
         keys = 2 * self.W if self.blocked else ring + length
         queries = self.W if self.blocked else length
         self.cos, self.sin = rotations(keys, config.swa_head_dim, config.rope_base, device)
@@ -178,7 +177,7 @@ class SlidingWindow:
 
 def last_tokens(x_BTHD: Tensor, count: int) -> Tensor:
     """The last ``count`` tokens, or all of fewer, in memory of their own."""
-    return x_BTHD[:, torch.sym_max(x_BTHD.shape[1] - count, 0) :].contiguous()
+    return x_BTHD[:, max(x_BTHD.shape[1] - count, 0) :].contiguous()
 
 
 def own_keys(

@@ -283,7 +283,7 @@ def test_a_failed_run_leaves_an_empty_session(bundle: Path, monkeypatch: pytest.
     session = Session(bundle, threads=1)
     session.step([1, 2, 3, 4, 5])
     with monkeypatch.context() as broken:
-        broken.setattr(session.state, "make_room", lambda lengths: None)
+        broken.setattr(session.state, "make_room", lambda *_: None)
         with pytest.raises(StepError, match="forgot its texts"):
             session.step(np.zeros((1, 5000), np.int64))
     assert session.position == 0
@@ -302,7 +302,7 @@ def test_options_are_checked(bundle: Path) -> None:
         Session(bundle, provider="cuda")
     session = Session(bundle)
     assert "CPUExecutionProvider, float32" in session.describe()
-    assert "chunk_select for cpu:" in session.describe()
+    assert "chunk_select, float32 for cpu:" in session.describe()
     assert "function bodies" in Session(bundle, fused=False).describe()
     for wrong in ([3], [-1, 0], [0.5], [[1]]):
         with pytest.raises(ValueError, match="1 integers from 0 to 2"):
