@@ -64,12 +64,12 @@ def serving(bundle: Path, *options: str) -> Iterator[Server]:
     try:
         assert process.stderr
         said = ""
-        while "running on" not in said:
-            said = process.stderr.readline()
-            assert said, f"the server ended: {process.wait()}"
-        url = re.search(r"http://[\d.:]+", said)
-        assert url
-        with httpx.Client(base_url=url.group(), timeout=60, trust_env=False) as client:
+        while not (url := re.search(r"running on (http://[\d.:]+)", said)):
+            line = process.stderr.readline()
+            assert line, f"the server ended: {process.wait()}\n{said}"
+            said += line
+        assert "CPUExecutionProvider, float32" in said
+        with httpx.Client(base_url=url.group(1), timeout=60, trust_env=False) as client:
             yield Server(process, client)
     finally:
         process.kill()

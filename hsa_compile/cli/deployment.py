@@ -155,6 +155,8 @@ def serve(
     running answers end, for 30 seconds. There is no authentication: put a proxy before it where others can reach it.
     """
     with friendly():
+        import logging
+
         from hsa_compile.serve.app import Limits
         from hsa_compile.serve.server import bundle_service
         from hsa_compile.serve.server import serve as run_server
@@ -163,6 +165,7 @@ def serve(
             limits = Limits(context, max_tokens, queue, body_bytes, seconds=seconds)
         except ValueError as error:
             fail(str(error))
+        logging.getLogger("hsa_compile").setLevel(logging.INFO)  # says which provider, kernels and records are in use
         run_server(bundle_service(bundle, rows, limits, name, provider, fused, threads), host, port)
 
 
