@@ -1,8 +1,9 @@
 """Norms, rotations, gates and the loss on a GPU, each in one pass over memory.
 
-PyTorch composes these of several kernels each: by the profile of a step of 240m at 4 K tokens on an H100, 84 of 221 ms,
-casts not counted. Where Triton cannot serve, and where tensors are so small that launches count rather than bytes,
-``serves`` says no, and the callers go on in PyTorch: the same up to rounding.
+PyTorch composes these of several kernels each. Fused, a step of 240m at 8 x 4 K tokens on an H100 takes 134 ms of
+kernels in place of 221, of which norms are 13, gates 8, the loss 3.4 and rotations 1.8. Where Triton cannot serve, and
+where tensors are so small that launches count rather than bytes, ``serves`` says no, and the callers go on in PyTorch:
+the same up to rounding.
 """
 
 from __future__ import annotations
