@@ -8,8 +8,11 @@ import subprocess
 import numpy as np
 import pytest
 
+from export_kit import CONFIG, shared_bundle
+from hsa_compile.export import runtime
 from hsa_compile.export.bundle import TensorSpec
 from hsa_compile.export.memory import Cuda, DeviceError, Host
+from hsa_compile.export.session import Session
 from hsa_compile.export.state import SessionState
 
 # Counts what is allocated, refuses more than 1 MiB at once, and demands that a context is current.
@@ -122,3 +125,25 @@ def test_rows_are_copied_and_memory_grows_on_any_device(driver: str, gpu: bool) 
     state.reset(1)
     assert row(state, "position", 1) == bytes(8)
     assert state.positions.tolist() == [7, 0]
+
+
+def test_a_session_runs_on_a_gpus_memory(
+    driver: str, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The stand-in's memory is the host's, so the CPU provider runs on it: only who allocates and copies is a GPU's."""
+    bundle = shared_bundle(tmp_path_factory)
+    plain = Session(bundle, batch=2, threads=1, reserve=0)
+    device = Cuda(library=driver)
+    monkeypatch.setattr(device, "name", "cpu", raising=False)
+    monkeypatch.setattr(runtime, "Host", lambda: device)
+    session = Session(bundle, batch=2, threads=1, reserve=0)
+    session._decoder.find_least_chunks()
+    assert session.runtime.least_chunks == 0
+    ids = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 60))
+    for least in (0, 1):
+        session.runtime.least_chunks = least  # as where a provider computes nothing with empty tensors
+        for one in (session, plain):
+            one.reset()
+        for n in (30, 1, 1, 1, 1, 60, 1):
+            lengths = [n, n // 2]
+            np.testing.assert_array_equal(session.step(ids[:, :n], lengths), plain.step(ids[:, :n], lengths))
