@@ -142,11 +142,11 @@ class _Run:
                 layer.dense_escape = config.dense_escape
         shard(self.model, world)
         self.optimizer = make_optimizer(self.model, config)
-        self.batches = Batches(config, self.corpus.text)
         self.step, self.seconds, self.tokens, self.flops = 0, 0.0, 0, 0
         self.interrupted = False
         if found is not None:
             self._restore(*found)
+        self.batches = Batches(config, self.corpus.text).stream(self.step)
         self.metrics = MetricsFile(self.out / METRICS_NAME, self.step) if world.main else None
         records = self.metrics.records if self.metrics else []
         self.losses: list[float] = [record["loss"] for record in records]
@@ -173,7 +173,6 @@ class _Run:
     def _restore(self, path: Path, about: dict[str, Any]) -> None:
         load_state(path, about, self.world, self.model, self.optimizer)
         self.step, saved = about["step"], about["about"]
-        self.batches.restore(saved["stream"])
         self.seconds, self.tokens, self.flops = saved["seconds"], saved["tokens"], saved["flops"]
 
     @property
@@ -189,7 +188,7 @@ class _Run:
         c, started = self.config, time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(c, self.step)
-        ids, targets, weights = self.batches.draw(self.step)
+        ids, targets, weights = next(self.batches)
         loss = self._gradients(ids, targets, weights)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step()
@@ -249,7 +248,7 @@ class _Run:
 
     def _save(self) -> None:
         about = {
-            "recipe": self.config.to_dict(), "data": self.corpus.digest, "stream": self.batches.state(),
+            "recipe": self.config.to_dict(), "data": self.corpus.digest,
             "seconds": self.seconds, "tokens": self.tokens, "flops": self.flops,
         }  # fmt: skip
         save_state(self.out, self.step, self.world, self.model, self.optimizer, about, self.config.keep)

@@ -11,6 +11,7 @@ from rich.logging import RichHandler
 
 from hsa_compile.cli.benchmarks import bench_app
 from hsa_compile.cli.deployment import build, export, run, validate
+from hsa_compile.cli.evaluation import evaluate
 from hsa_compile.cli.inspection import diagnose
 from hsa_compile.cli.overview import demo, doctor
 from hsa_compile.cli.training import tokenize, train
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 for command in (train, tokenize, build, export, run, validate, diagnose, tune, explain, doctor, demo):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(records_app, name="records")
 app.add_typer(bench_app, name="bench")
 

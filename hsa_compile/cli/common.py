@@ -25,8 +25,8 @@ Seed = Annotated[int, typer.Option(help="Makes the run repeatable.")]
 # What users can cause and mend: told in a line, without a traceback. Looked up by name, so that the modules that
 # define them are not imported to say --help.
 _USER_ERRORS = {
-    "BuildError", "BundleError", "CheckpointError", "ConfigError", "DataError", "JournalError", "LibraryError",
-    "ProblemError", "RecordError", "ScheduleError", "TargetError", "TrainingError",
+    "BuildError", "BundleError", "CheckpointError", "ConfigError", "DataError", "EvaluationError", "JournalError",
+    "LibraryError", "ProblemError", "RecordError", "ScheduleError", "TargetError", "TrainingError",
 }  # fmt: skip
 _EXTRAS = {
     "torch": "train", "safetensors": "train", "matplotlib": "train", "tokenizers": "tokenizers", "onnx": "export",
