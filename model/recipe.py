@@ -32,6 +32,7 @@ class TrainConfig:
         model: the model's shape.
         data: a text file, a directory of them, or a directory of token shards (``model/shards.py``); by default a book.
         tokenizer: a Hugging Face ``tokenizer.json`` for text; by default tokens are bytes.
+        init: a checkpoint of the same model, whose weights training starts from; by default from random ones.
         steps, batch, length: updates, samples an update, tokens a sample.
         short_part, short_length: the first part of the updates is on shorter samples, as many tokens an update: of this
             length, then of twice that, and so on. Finding a fact among few chunks comes much sooner, and carries over.
@@ -66,6 +67,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     data: str | None = None
     tokenizer: str | None = None
+    init: str | None = None
     steps: int = 2000
     batch: int = 8
     length: int = 256

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hsa_compile.model.checkpoint import CheckpointError, save_checkpoint
-from hsa_compile.model.config import ConfigError
+from hsa_compile.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from hsa_compile.model.config import ConfigError, ModelConfig
 from hsa_compile.model.evaluate import text_loss
 from hsa_compile.model.hsa import HsaLayer
 from hsa_compile.model.metrics import COUNTED, MetricsFile, matmul_rate, training_flops, watch_selections
@@ -122,6 +122,14 @@ def _progress_bar(shown: bool) -> Progress:
     return Progress(*columns, TextColumn("{task.fields[note]}"), disable=not shown)
 
 
+def _weights(checkpoint: str, model: ModelConfig) -> dict[str, Tensor]:
+    """The weights to start from, in float32."""
+    found = load_checkpoint(checkpoint)
+    if found.config != model:
+        raise ConfigError(f"{checkpoint} is of another model: give the recipe its config, or another checkpoint")
+    return found.float().state_dict()
+
+
 class _Run:
     """What training carries from step to step."""
 
@@ -136,6 +144,8 @@ class _Run:
         self._check_start(None if found is None else found[1]["about"])
         torch.manual_seed(config.seed)
         self.model = HsaModel(config.model).to(world.device).train()
+        if config.init is not None:
+            self.model.load_state_dict(_weights(config.init, config.model))
         self.model.recompute = config.recompute
         for layer in self.model.modules():
             if isinstance(layer, HsaLayer):

@@ -125,6 +125,16 @@ def test_recomputed_activations_give_the_same_gradients() -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_training_starts_from_given_weights(recipe: TrainConfig, tmp_path: Path) -> None:
+    first = train(dataclasses.replace(recipe, steps=12))
+    more = dataclasses.replace(recipe, steps=2, warmup=2, lr=1e-6, min_lr=0.0, out=str(tmp_path / "more"))
+    assert train(dataclasses.replace(more, init=recipe.out)).losses[0] < first.losses[0] - 0.5
+    other = dataclasses.replace(more, init=recipe.out, model=dataclasses.replace(SMALL, window=9))
+    with pytest.raises(ConfigError, match="is of another model"):
+        train(other)
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_accumulated_parts_are_one_batch(recipe: TrainConfig) -> None:
     whole = train(dataclasses.replace(recipe, steps=6))
     parts = train(dataclasses.replace(recipe, steps=6, accumulate=3))

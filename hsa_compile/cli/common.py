@@ -30,7 +30,7 @@ _USER_ERRORS = {
 }  # fmt: skip
 _EXTRAS = {
     "torch": "train", "safetensors": "train", "matplotlib": "train", "tokenizers": "tokenizers", "onnx": "export",
-    "onnxscript": "export", "pydantic": "compile",
+    "onnxscript": "export", "pydantic": "compile", "lm_eval": "harness", "nltk": "harness",
 }  # fmt: skip
 
 

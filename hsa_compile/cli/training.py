@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hsa_compile.cli.common import Output, console, friendly, spinner, text_of
+from hsa_compile.cli.common import Checkpoint, Output, console, friendly, spinner, text_of
 
 if TYPE_CHECKING:
     from hsa_compile.model.train import TrainResult
@@ -88,3 +89,26 @@ def tokenize(
             pieces, vocab_size = encode_files(text_files(data), tokenizer, say)
             count = write_shards(output, pieces, vocab_size, str(tokenizer))
         console.print(f"{count:,} tokens of a vocabulary of {vocab_size:,} in {output}")
+
+
+def publish(
+    checkpoint: Checkpoint,
+    output: Output = Path("runs/published"),
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    shard_mib: Annotated[float, typer.Option(help="Largest file of weights.", min=1)] = 15.0,
+) -> None:
+    """Write a checkpoint's weights in half precision and in small files; every command reads them, transformers too."""
+    with friendly():
+        from hsa_compile.evaluation.setup import DTYPES
+        from hsa_compile.model.checkpoint import load_checkpoint, read_config, save_checkpoint, weight_files
+        from hsa_compile.model.config import ConfigError
+        from hsa_compile.model.train import TOKENIZER_NAME
+
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        model = load_checkpoint(checkpoint).to(DTYPES[dtype])
+        save_checkpoint(model, output, read_config(checkpoint)[1], int(shard_mib * 2**20))
+        if (checkpoint / TOKENIZER_NAME).is_file():
+            shutil.copyfile(checkpoint / TOKENIZER_NAME, output / TOKENIZER_NAME)
+        files = weight_files(output)
+        console.print(f"{model.parameter_count():,} parameters in {len(files)} files in {output}")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hsa_compile.evaluation.plan import Plan
 from hsa_compile.evaluation.samples import Samples
-from hsa_compile.model.checkpoint import WEIGHTS_NAME, load_checkpoint, read_config
+from hsa_compile.model.checkpoint import load_checkpoint, read_config, weight_files
 from hsa_compile.model.config import ConfigError
 from hsa_compile.model.data import load_text, split_text
 from hsa_compile.model.model import HsaModel
@@ -71,10 +71,8 @@ def prepare(
     tokens = _held_out(known, str(text) if text is not None else recipe.get("data"))
     samples = Samples(known, tokens, plan.seed, plan.patch_from)
     model = load_checkpoint(checkpoint, device).to(DTYPES[dtype])
-    about = {
-        "weights": _digest((checkpoint / WEIGHTS_NAME).read_bytes()), "text": _digest(tokens.tobytes()),
-        "dtype": dtype, "patch_from": plan.patch_from,
-    }  # fmt: skip
+    weights = _digest(b"".join(path.read_bytes() for path in weight_files(checkpoint)))
+    about = {"weights": weights, "text": _digest(tokens.tobytes()), "dtype": dtype, "patch_from": plan.patch_from}
     return Subject(model, samples, about, recipe.get("length"))
 
 

@@ -91,7 +91,7 @@ class Weaver:
             task = self._task(rng, others) if tried else task
             if task.world in worlds:
                 continue
-            pieces = self._pieces(task.make(rng, rng.randint(1, ASKS), length))
+            pieces = self._pieces(task.make(rng, rng.randint(1, ASKS) if inserts or tried < ASKS else 1, length))
             if (size := sum(len(piece.ids) for piece in pieces)) <= left:
                 left -= size
                 inserts += zip(sorted(rng.random() for _ in pieces), pieces)
