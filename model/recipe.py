@@ -47,7 +47,8 @@ class TrainConfig:
         text_share: part of every batch that is plain text; the rest hides facts and asks for them. On token shards it
             must be 1: to write facts, the tokenizer is needed.
         tasks: what is asked for, of ``model/tasks``, each with how often; ``pairs`` is for bytes alone.
-        pairs: at most, in a sample of ``length`` tokens of the task ``pairs``; fewer in short ones.
+        pairs: at most, in a sample of ``length`` tokens of the task ``pairs``; fewer in short ones, and never more than
+            there are letters.
         fill: part of a sample with questions that is facts, questions and answers.
         answer_weight: of an answer's token in the loss; a token of text has 1.
         eval_every: steps between held-out losses.

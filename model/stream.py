@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from hsa_compile.model.data import Sample, load_text, split_text, stack, text_sa
 from hsa_compile.model.recipe import TrainConfig
 from hsa_compile.model.shards import INDEX_NAME, Tokenizer, Tokens, open_shards
 from hsa_compile.model.tasks.haystack import codec
+from hsa_compile.model.tasks.pairs import KEYS
 from hsa_compile.model.tasks.registry import find_tasks
 from hsa_compile.model.tasks.weave import Weaver
 
@@ -80,7 +82,7 @@ class Batches(Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         """Inputs, targets and loss weights [B, L] at this step, of the length that is due."""
         c, length, rng = self.config, length_at(self.config, step), random.Random(f"{self.config.seed} {step}")
-        batch, pairs = c.batch * c.length // length, max(1, c.pairs * length // c.length)
+        batch, pairs = c.batch * c.length // length, max(1, min(len(KEYS), c.pairs * length // c.length))
         plain = round(batch * c.text_share)
         samples: list[Sample] = [text_sample(rng, self.text, length) for _ in range(plain)]
         samples += [self.weaver.draw(rng, length, pairs) for _ in range(batch - plain)]
@@ -93,9 +95,15 @@ class Batches(Dataset[Batch]):
             return (self[step] for step in steps)
         loader = DataLoader(
             self, batch_size=None, sampler=steps, num_workers=self.config.workers, prefetch_factor=4,
-            multiprocessing_context="fork",
+            multiprocessing_context="fork", worker_init_fn=_leave_signals,
         )  # fmt: skip
         return iter(loader)
+
+
+def _leave_signals(worker: int) -> None:
+    """Whom to stop is told to all processes of a group; the trainer ends its workers itself, after its last step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def length_at(config: TrainConfig, step: int) -> int:

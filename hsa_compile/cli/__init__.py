@@ -11,7 +11,7 @@ from rich.logging import RichHandler
 
 from hsa_compile.cli.benchmarks import bench_app
 from hsa_compile.cli.deployment import build, export, run, validate
-from hsa_compile.cli.evaluation import evaluate, harness
+from hsa_compile.cli.evaluation import compare, evaluate, harness
 from hsa_compile.cli.inspection import diagnose
 from hsa_compile.cli.overview import demo, doctor
 from hsa_compile.cli.training import publish, tokenize, train
@@ -29,6 +29,7 @@ app = typer.Typer(
 for command in (train, tokenize, build, export, run, validate, diagnose, publish, tune, explain, doctor, demo):
     app.command()(command)
 app.command("eval")(evaluate)
+app.command()(compare)
 app.command()(harness)
 app.add_typer(records_app, name="records")
 app.add_typer(bench_app, name="bench")

@@ -108,6 +108,19 @@ def _report(evaluation: Evaluation, output: Path, variant: str, train_length: in
     console.print(", ".join(map(str, paths)))
 
 
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="Files length.jsonl that `eval` wrote.", show_default=False)],
+    tasks: Annotated[str, typer.Option(help="What the mean is of.")] = "s-n,mq,vt",
+) -> None:
+    """Show evaluations of several models in one table: rows are variants, columns are lengths."""
+    with friendly():
+        from hsa_compile.evaluation import report
+        from hsa_compile.evaluation.journal import read_rows
+
+        rows = [row for path in results for row in read_rows(path)]
+        console.print(report.comparison(rows, [task.strip() for task in tasks.split(",")]))
+
+
 def harness(
     checkpoint: Checkpoint,
     tasks: Annotated[str, typer.Option(help="Of the harness, as in niah_single_1,niah_multikey_2.")] = "niah_single_1",

@@ -13,6 +13,8 @@ import typer
 from hsa_compile.cli.common import Checkpoint, Output, console, friendly, spinner, text_of
 
 if TYPE_CHECKING:
+    from hsa_compile.model.config import ModelConfig
+    from hsa_compile.model.recipe import TrainConfig
     from hsa_compile.model.train import TrainResult
 
 
@@ -23,6 +25,10 @@ def train(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write. Default: runs/tiny.")] = None,
     preset: Annotated[str | None, typer.Option(help="Of the model: tiny (default), 25m, 60m, 240m or 345m.")] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="Of that model, with as many parameters: 'no encoder', 'no bypass', SWA, Mamba-2, …"),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="A text file, a directory of them, or of token shards. Default: a book.")
     ] = None,
@@ -61,11 +67,24 @@ def train(
         config = TrainConfig() if recipe is None else read_recipe(recipe)
         if resume and recipe is None:
             config = saved_recipe(given.get("out", config.out))
-        result = run_training(dataclasses.replace(config, **given), resume)
+        config = dataclasses.replace(config, **given)
+        if variant is not None:
+            config = dataclasses.replace(config, model=_variant(variant, config))
+        result = run_training(config, resume)
         if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
             _say_how_it_went(result)
         if result.interrupted:
             raise typer.Exit(130)
+
+
+def _variant(name: str, config: TrainConfig) -> ModelConfig:
+    from hsa_compile.model.config import ConfigError
+    from hsa_compile.model.variants import variants
+
+    rows = variants(config.model, config.length, multiple=16)
+    if name not in rows:
+        raise ConfigError(f"unknown variant {name!r}; known: {', '.join(rows)}")
+    return rows[name]
 
 
 def _say_how_it_went(result: TrainResult) -> None:

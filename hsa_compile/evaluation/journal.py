@@ -71,3 +71,18 @@ class Journal:
     def close(self) -> None:
         """No line comes any more."""
         self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of results.
+
+    Raises:
+        EvaluationError: it cannot be read, or is no file of the suite ``length``.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"cannot read {path} ({error}); give a length.jsonl that eval wrote") from None
+    if not rows or not all(isinstance(row, dict) and row.get("suite") == "length" for row in rows):
+        raise EvaluationError(f"{path} has no rows of the suite length; give a length.jsonl that eval wrote")
+    return rows

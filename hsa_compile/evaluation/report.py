@@ -129,6 +129,33 @@ def costs_table(found: Lines) -> Table | None:
     return out if costs else None
 
 
+def comparison(found: Lines, tasks: Sequence[str]) -> Table:
+    """Variants by length: the mean of the tasks' exact match over all seeds, in per cent, and perplexity where known.
+
+    Args:
+        found: rows of the suite ``length`` of several models.
+        tasks: what the mean is of; a cell where one of them lacks is left empty.
+    """
+    lengths = sorted({row["L"] for row in found})
+    out = Table(title=f"Mean of {', '.join(tasks)}, exact match in % (runs)")
+    out.add_column("variant")
+    for L in lengths:
+        out.add_column(human(L), justify="right")
+    for variant in dict.fromkeys(row["variant"] for row in found):
+        mine = [row for row in found if row["variant"] == variant]
+        out.add_row(variant, *(_mean_cell([row for row in mine if row["L"] == L], tasks) for L in lengths))
+    return out
+
+
+def _mean_cell(found: Lines, tasks: Sequence[str]) -> str:
+    rates = {task: [row["accuracy"] for row in found if row["task"] == task] for task in tasks}
+    runs = min(map(len, rates.values()))
+    if not runs:
+        return ""
+    mean = float(np.mean([float(np.mean(values)) for values in rates.values()]))
+    return f"{100 * mean:.0f} ({runs})"
+
+
 def plot(found: Lines, lines: Lines, directory: Path) -> list[Path]:
     """``accuracy.png``: exact match by length with intervals; ``depth.png``: by length and depth of the fact."""
     paths = []
