@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -15,10 +16,14 @@ from rich.text import Text
 from hsa_compile import validate
 from hsa_compile.bench import e2e
 from hsa_compile.bench.record import write_suite
+from hsa_compile.evaluation.journal import Journal
+from hsa_compile.evaluation.plan import Plan
+from hsa_compile.evaluation.report import rows as accuracy_rows
+from hsa_compile.evaluation.run import Evaluation
+from hsa_compile.evaluation.setup import prepare
 from hsa_compile.export import Session, export_bundle, load_tokenizer
 from hsa_compile.kernels import build_all, exported
 from hsa_compile.model.data import load_text, split_text
-from hsa_compile.model.evaluate import Accuracy, retrieval_accuracy
 from hsa_compile.model.recipe import TrainConfig
 from hsa_compile.model.train import PLOT_NAME, TrainResult, train
 
@@ -35,7 +40,8 @@ def run_demo(config: TrainConfig, output: Path, console: Console, spinner: Spinn
 
     Args:
         config: what to train; its ``out`` is the checkpoint's place.
-        output: directory of everything else: ``bundle``, ``parity.jsonl``, ``e2e.jsonl``, ``e2e.png``.
+        output: directory of everything else: ``bundle``, ``samples.jsonl``, ``length.jsonl``,
+            ``parity.jsonl``, ``e2e.jsonl``, ``e2e.png``.
 
     Returns:
         Whether all parity checks passed.
@@ -52,10 +58,14 @@ def run_demo(config: TrainConfig, output: Path, console: Console, spinner: Spinn
         export_bundle(model, bundle, exported(model.config))
     sample = _sample(bundle, split_text(text)[1], console)
     with spinner("asking for hidden values") as say:
-        accuracies = retrieval_accuracy(
-            model, [m * config.length for m in MULTIPLES], QUESTIONS, config.seed, text=split_text(text)[1],
-            progress=lambda a: say(f"{a.length:,} tokens: {a.rate:.0%}"),
-        )  # fmt: skip
+        plan = Plan(("pairs",), tuple(m * config.length for m in MULTIPLES), QUESTIONS, config.seed)
+        subject = prepare(result.checkpoint, plan)
+        (output / "samples.jsonl").unlink(missing_ok=True)  # of a model before
+        journal = Journal(output / "samples.jsonl", subject.about)
+        Evaluation(subject.model, subject.samples, plan, journal, lambda line, done: say(line)).run()
+        journal.close()
+        accuracies = accuracy_rows(journal.lines, "hsa", config.length, config.seed)
+    write_suite(output / "length.jsonl", accuracies)
     with spinner("validating") as say:
         checks = validate.run(model, bundle, split_text(text)[1], config.seed, say)
     write_suite(output / "parity.jsonl", validate.rows(checks, config.seed))
@@ -84,13 +94,13 @@ def _sample(bundle: Path, text: bytes, console: Console) -> str:
     return f"… {prompt[-60:]}█{''.join(pieces)}"
 
 
-def _summary(config: TrainConfig, result: TrainResult, accuracies: dict[int, Accuracy], seconds: float) -> Table:
+def _summary(config: TrainConfig, result: TrainResult, accuracies: list[dict[str, Any]], seconds: float) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_row("loss", f"{result.losses[0]:.3f} → {result.losses[-1]:.3f} in {result.seconds:.0f} s")
     table.add_row("loss curve", str(Path(config.out) / PLOT_NAME))
-    for length, accuracy in accuracies.items():
-        low, high = accuracy.interval
-        times = f"{length // config.length}× the training length"
-        table.add_row(f"retrieval at {length:,} tokens", f"{accuracy.rate:.0%} ({low:.0%} … {high:.0%}), {times}")
+    for row in accuracies:
+        times = f"{row['L'] // config.length}× the training length"
+        interval = f"{row['ci_low']:.0%} … {row['ci_high']:.0%}"
+        table.add_row(f"retrieval at {row['L']:,} tokens", f"{row['accuracy']:.0%} ({interval}), {times}")
     table.add_row("all of it took", f"{seconds:.0f} s")
     return table

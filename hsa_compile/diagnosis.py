@@ -15,10 +15,11 @@ from torch import Tensor
 from hsa_compile.bench.record import common_keys
 from hsa_compile.model.checkpoint import write_atomically
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.data import DataError, load_text, read_text, retrieval_sample, split_text
+from hsa_compile.model.data import DataError, load_text, read_text, split_text
 from hsa_compile.model.diagnose import Measured
 from hsa_compile.model.recipe import TrainConfig
 from hsa_compile.model.shards import Tokenizer
+from hsa_compile.model.tasks.weave import pairs_sample
 from hsa_compile.model.tokenizer import ByteTokenizer
 from hsa_compile.model.train import TOKENIZER_NAME
 
@@ -65,7 +66,7 @@ def read_tokens(
     elif text is None and length is not None:
         recipe = TrainConfig()
         pairs = max(1, min(recipe.pairs, recipe.pairs * length // recipe.length))
-        sample = retrieval_sample(random.Random(seed), raw, length, pairs, recipe.fill, recipe.answer_weight)
+        sample = pairs_sample(random.Random(seed), raw, length, pairs, recipe.fill, recipe.answer_weight)
         ids = torch.tensor(sample.ids[:length])
     else:
         ids = torch.frombuffer(bytearray(raw[:length]), dtype=torch.uint8).long() if raw else torch.empty(0).long()

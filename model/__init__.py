@@ -6,8 +6,9 @@
     baselines, landmark, mamba            what it is compared with; ``variants`` lists the rows of a comparison
     recipe, train, optimizer              learning: what is to be done, and the loop that does it
     data, shards, stream                  texts, tokens, and the batches drawn from them
+    tasks                                 questions about facts hidden in texts, for training and evaluation
     resume, parallel, metrics             states to go on from, several processes, what is measured
-    evaluate, diagnose                    what was learnt, and how well it selects
+    evaluate, diagnose                    held-out loss, and how well it selects
     prefill, generate, checkpoint         prompts, text, and files
     tokenizer                             bytes and other tokens; needs no PyTorch
     huggingface                           all of it behind the interface of Hugging Face transformers

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hsa_compile.model.config import PRESETS, ConfigError, ModelConfig, preset
+from hsa_compile.model.tasks.registry import find_tasks
 
 TrainDtype = Literal["float32", "bfloat16"]
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "bool": (bool,), "str": (str,), "str | None": (str, type(None)),
-    "TrainDtype": (str,), "ModelConfig": (ModelConfig,),
+    "TrainDtype": (str,), "ModelConfig": (ModelConfig,), "dict[str, float]": (dict,),
 }  # fmt: skip
 # What may change between a run and its continuation: none of it reaches the weights.
-FREE_ON_RESUME = ("out", "device", "threads", "progress", "save_every", "keep", "eval_every", "recompute")
+FREE_ON_RESUME = ("out", "device", "workers", "threads", "progress", "save_every", "keep", "eval_every", "recompute")
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class TrainConfig:
         model: the model's shape.
         data: a text file, a directory of them, or a directory of token shards (``model/shards.py``); by default a book.
         tokenizer: a Hugging Face ``tokenizer.json`` for text; by default tokens are bytes.
+        init: a checkpoint of the same model, whose weights training starts from; by default from random ones.
         steps, batch, length: updates, samples an update, tokens a sample.
-        short_part, short_length: the first part of the updates is on samples of this length, as many tokens an update.
-            Finding a pair among few chunks comes much sooner, and carries over.
+        short_part, short_length: the first part of the updates is on shorter samples, as many tokens an update: of this
+            length, then of twice that, and so on. Finding a fact among few chunks comes much sooner, and carries over.
         accumulate: parts of a batch that go through the model one after the other; gradients add up.
         dtype: of matrix products; "bfloat16" is autocast, weights and optimizer stay in float32.
         recompute: keep no activations inside layers, make them again in the backward: less memory, a third more work.
@@ -42,15 +44,18 @@ class TrainConfig:
         lr, min_lr, warmup: peak and last learning rate of a cosine schedule, and steps up to the peak.
         weight_decay: of matrices; vectors and the embedding have none.
         clip: largest norm of the gradient.
-        text_share: part of every batch that is plain text; the rest hides pairs and asks for them. The pairs are
-            written in bytes: with other tokens it must be 1.
-        pairs: at most, in a retrieval sample of ``length`` tokens; fewer in short ones.
-        fill: part of a retrieval sample that is pairs and their repetitions.
-        answer_weight: of an answer's byte in the loss; a byte of text has 1.
+        text_share: part of every batch that is plain text; the rest hides facts and asks for them. On token shards it
+            must be 1: to write facts, the tokenizer is needed.
+        tasks: what is asked for, of ``model/tasks``, each with how often; ``pairs`` is for bytes alone.
+        pairs: at most, in a sample of ``length`` tokens of the task ``pairs``; fewer in short ones, and never more than
+            there are letters.
+        fill: part of a sample with questions that is facts, questions and answers.
+        answer_weight: of an answer's token in the loss; a token of text has 1.
         eval_every: steps between held-out losses.
         save_every: steps between training states to resume from; 0 keeps none, not even when interrupted.
         keep: training states that are kept, the newest ones.
         seed: of weights and data.
+        workers: processes that draw batches ahead; 0 draws in the training process. Batches are the same.
         threads: CPU threads, 0 leaves PyTorch's.
         device: where to train.
         progress: show a progress bar.
@@ -63,6 +68,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     data: str | None = None
     tokenizer: str | None = None
+    init: str | None = None
     steps: int = 2000
     batch: int = 8
     length: int = 256
@@ -78,6 +84,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     clip: float = 1.0
     text_share: float = 0.125
+    tasks: dict[str, float] = field(default_factory=lambda: {"pairs": 1.0})
     pairs: int = 16
     fill: float = 0.7
     answer_weight: float = 20.0
@@ -85,6 +92,7 @@ class TrainConfig:
     save_every: int = 500
     keep: int = 2
     seed: int = 0
+    workers: int = 0
     threads: int = 0
     device: str = "cpu"
     progress: bool = True
@@ -94,7 +102,7 @@ class TrainConfig:
         for name in ("steps", "batch", "length", "short_length", "accumulate", "warmup", "pairs", "eval_every", "keep"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("save_every", "threads", "min_lr", "weight_decay"):
+        for name in ("save_every", "workers", "threads", "min_lr", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("short_part", "text_share", "fill"):
@@ -103,6 +111,9 @@ class TrainConfig:
         for name in ("lr", "clip", "answer_weight"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        find_tasks(list(self.tasks))
+        if not self.tasks or not all(isinstance(x, int | float) and 0 < x < math.inf for x in self.tasks.values()):
+            raise ConfigError(f"tasks must name tasks, each with a share above 0, got {self.tasks!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
 

@@ -1,19 +1,27 @@
-"""The batches of a recipe, one after the other: where the stream is, is the state of one random generator."""
+"""The batches of a recipe. Each is a function of the seed and its step, so any process can draw it, and ahead."""
 
 from __future__ import annotations
 
 import hashlib
 import random
+import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from hsa_compile.model.config import ConfigError
-from hsa_compile.model.data import Sample, load_text, retrieval_sample, split_text, stack, text_sample
+from hsa_compile.model.data import Sample, load_text, split_text, stack, text_sample
 from hsa_compile.model.recipe import TrainConfig
 from hsa_compile.model.shards import INDEX_NAME, Tokenizer, Tokens, open_shards
+from hsa_compile.model.tasks.haystack import codec
+from hsa_compile.model.tasks.pairs import KEYS
+from hsa_compile.model.tasks.registry import find_tasks
+from hsa_compile.model.tasks.weave import Weaver
+
+Batch = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,36 +63,54 @@ def load_corpus(config: TrainConfig) -> Corpus:
         ids = tokenizer.encode(text)
         digest = hashlib.sha256(ids.tobytes()).hexdigest()
         tokens = Tokens([ids], vocab_size, config.tokenizer)
-    if config.text_share != 1:
-        raise ConfigError("hidden pairs are written in bytes: on other tokens set text_share to 1")
+    if config.text_share != 1 and config.tokenizer is None:
+        raise ConfigError("questions are written with the tokenizer: train on text and name it, or set text_share to 1")
+    if config.text_share != 1 and any(task.dense for task in find_tasks(list(config.tasks))):
+        raise ConfigError("hidden pairs are written in bytes: with other tokens name other tasks, or text_share = 1")
     return Corpus(*tokens.split(), digest)
 
 
-class Batches:
-    """Draws batches; the same recipe and corpus give the same ones, whatever number of processes trains."""
+class Batches(Dataset[Batch]):
+    """The batches of a recipe by step; the same recipe and corpus give the same ones, whatever number of processes
+    trains."""
 
     def __init__(self, config: TrainConfig, text: bytes | Tokens) -> None:
         self.config, self.text = config, text
-        self.rng = random.Random(config.seed)
+        tasks = tuple((task, config.tasks[task.name]) for task in find_tasks(list(config.tasks)))
+        self.weaver = Weaver(codec(config.tokenizer), text, tasks, config.fill, config.answer_weight)
 
-    def draw(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs, targets and loss weights [B, L] of the next batch; ``step`` says whether samples are short."""
-        c = self.config
-        length = min(c.short_length, c.length) if step < c.short_part * c.steps else c.length
-        batch, pairs = c.batch * c.length // length, max(1, c.pairs * length // c.length)
+    def __getitem__(self, step: int) -> Batch:
+        """Inputs, targets and loss weights [B, L] at this step, of the length that is due."""
+        c, length, rng = self.config, length_at(self.config, step), random.Random(f"{self.config.seed} {step}")
+        batch, pairs = c.batch * c.length // length, max(1, min(len(KEYS), c.pairs * length // c.length))
         plain = round(batch * c.text_share)
-        samples: list[Sample] = [text_sample(self.rng, self.text, length) for _ in range(plain)]
-        if isinstance(self.text, bytes):
-            for _ in range(batch - plain):
-                samples.append(retrieval_sample(self.rng, self.text, length, pairs, c.fill, c.answer_weight))
+        samples: list[Sample] = [text_sample(rng, self.text, length) for _ in range(plain)]
+        samples += [self.weaver.draw(rng, length, pairs) for _ in range(batch - plain)]
         return stack(samples)
 
-    def state(self) -> list[Any]:
-        """Where the stream is, as JSON data."""
-        version, words, gauss = self.rng.getstate()
-        return [version, list(words), gauss]
+    def stream(self, start: int) -> Iterator[Batch]:
+        """The batches from step ``start`` on, drawn ahead by ``config.workers`` processes."""
+        steps = range(start, self.config.steps)
+        if not self.config.workers:
+            return (self[step] for step in steps)
+        loader = DataLoader(
+            self, batch_size=None, sampler=steps, num_workers=self.config.workers, prefetch_factor=4,
+            multiprocessing_context="fork", worker_init_fn=_leave_signals,
+        )  # fmt: skip
+        return iter(loader)
 
-    def restore(self, state: list[Any]) -> None:
-        """Goes on where ``state`` was taken."""
-        version, words, gauss = state
-        self.rng.setstate((version, tuple(words), gauss))
+
+def _leave_signals(worker: int) -> None:
+    """Whom to stop is told to all processes of a group; the trainer ends its workers itself, after its last step."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def length_at(config: TrainConfig, step: int) -> int:
+    """Tokens a sample at a step: over the first ``short_part`` of the steps they double from ``short_length`` on, each
+    length for as many steps."""
+    lengths = [min(config.short_length, config.length)]
+    while 2 * lengths[-1] < config.length:
+        lengths.append(2 * lengths[-1])
+    short = config.short_part * config.steps
+    return lengths[int(step * len(lengths) / short)] if step < short else config.length

@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hsa_compile.model.checkpoint import CheckpointError, save_checkpoint
-from hsa_compile.model.config import ConfigError
+from hsa_compile.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from hsa_compile.model.config import ConfigError, ModelConfig
 from hsa_compile.model.evaluate import text_loss
 from hsa_compile.model.hsa import HsaLayer
 from hsa_compile.model.metrics import COUNTED, MetricsFile, matmul_rate, training_flops, watch_selections
@@ -122,6 +122,14 @@ def _progress_bar(shown: bool) -> Progress:
     return Progress(*columns, TextColumn("{task.fields[note]}"), disable=not shown)
 
 
+def _weights(checkpoint: str, model: ModelConfig) -> dict[str, Tensor]:
+    """The weights to start from, in float32."""
+    found = load_checkpoint(checkpoint)
+    if found.config != model:
+        raise ConfigError(f"{checkpoint} is of another model: give the recipe its config, or another checkpoint")
+    return found.float().state_dict()
+
+
 class _Run:
     """What training carries from step to step."""
 
@@ -136,17 +144,19 @@ class _Run:
         self._check_start(None if found is None else found[1]["about"])
         torch.manual_seed(config.seed)
         self.model = HsaModel(config.model).to(world.device).train()
+        if config.init is not None:
+            self.model.load_state_dict(_weights(config.init, config.model))
         self.model.recompute = config.recompute
         for layer in self.model.modules():
             if isinstance(layer, HsaLayer):
                 layer.dense_escape = config.dense_escape
         shard(self.model, world)
         self.optimizer = make_optimizer(self.model, config)
-        self.batches = Batches(config, self.corpus.text)
         self.step, self.seconds, self.tokens, self.flops = 0, 0.0, 0, 0
         self.interrupted = False
         if found is not None:
             self._restore(*found)
+        self.batches = Batches(config, self.corpus.text).stream(self.step)
         self.metrics = MetricsFile(self.out / METRICS_NAME, self.step) if world.main else None
         records = self.metrics.records if self.metrics else []
         self.losses: list[float] = [record["loss"] for record in records]
@@ -176,7 +186,6 @@ class _Run:
     def _restore(self, path: Path, about: dict[str, Any]) -> None:
         load_state(path, about, self.world, self.model, self.optimizer)
         self.step, saved = about["step"], about["about"]
-        self.batches.restore(saved["stream"])
         self.seconds, self.tokens, self.flops = saved["seconds"], saved["tokens"], saved["flops"]
 
     @property
@@ -192,7 +201,7 @@ class _Run:
         c, started = self.config, time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(c, self.step)
-        ids, targets, weights = self.batches.draw(self.step)
+        ids, targets, weights = next(self.batches)
         loss = self._gradients(ids, targets, weights)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
         self.optimizer.step()
@@ -260,7 +269,7 @@ class _Run:
 
     def _save(self) -> None:
         about = {
-            "recipe": self.config.to_dict(), "data": self.corpus.digest, "stream": self.batches.state(),
+            "recipe": self.config.to_dict(), "data": self.corpus.digest,
             "seconds": self.seconds, "tokens": self.tokens, "flops": self.flops,
         }  # fmt: skip
         save_state(self.out, self.step, self.world, self.model, self.optimizer, about, self.config.keep)

@@ -33,19 +33,20 @@ BASELINES: dict[str, dict[str, Any]] = {
 }
 
 
-def variants(base: ModelConfig, length: int) -> dict[str, ModelConfig]:
+def variants(base: ModelConfig, length: int, multiple: int = 1) -> dict[str, ModelConfig]:
     """Every ablation and baseline of ``base`` by name, with as many parameters as ``base`` (``with_parameters``).
 
     Args:
         base: the paper's choice: an encoder with CLS, bypass, few chunks selected.
         length: tokens of a training sample; the row without enforced sparsity trains with all its chunks selected.
+        multiple: of what ``mlp_dim`` is to be.
 
     Raises:
         ConfigError: a row does not fit the sizes of ``base``.
     """
     rows = ABLATIONS | {"no enforced sparsity": {"train_top_k": max(1, length // base.chunk_size)}} | BASELINES
     wanted = parameter_count(base)
-    return {name: with_parameters(replace(base, **change), wanted) for name, change in rows.items()}
+    return {name: with_parameters(replace(base, **change), wanted, multiple) for name, change in rows.items()}
 
 
 def parameter_count(config: ModelConfig) -> int:

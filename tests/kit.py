@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.recipe import TrainConfig
-from hsa_compile.model.stream import Batches
+from hsa_compile.model.stream import Batch, Batches
 
 LICENSE = Path(__file__).parents[1] / "LICENSE"  # a short text, at hand
 
@@ -57,15 +57,15 @@ def bpe_tokenizer(path: Path, size: int, special: list[str] | None = None) -> Pa
 @contextmanager
 def interrupted(step: int, number: int = signal.SIGINT) -> Iterator[None]:
     """The signal comes while the batch of that step is drawn."""
-    draw = Batches.draw
+    draw = Batches.__getitem__
 
-    def drawing(batches: Batches, at: int) -> tuple[Tensor, Tensor, Tensor]:
+    def drawing(batches: Batches, at: int) -> Batch:
         if at == step:
             os.kill(os.getpid(), number)
         return draw(batches, at)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batches, "draw", drawing)
+        patch.setattr(Batches, "__getitem__", drawing)
         yield
 
 

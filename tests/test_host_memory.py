@@ -59,7 +59,7 @@ def test_short_prefill_and_patching_and_copies() -> None:
     want, _ = prefill(model, changed)
     _, state = short_prefill(model, ids, 16, offload=True)
     spare = copy.deepcopy(state)
-    got, _ = patch(model, changed, state, 20, 22)
+    got, _ = patch(model, changed, state, [(20, 22)])
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
     swapped = spare.rows(torch.tensor([1, 0]))
     assert swapped.offloaded

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from hsa_compile.model.checkpoint import CheckpointError, load_checkpoint, read_config, save_checkpoint
-from hsa_compile.model.config import ModelConfig
+from hsa_compile.cli import app
+from hsa_compile.model.checkpoint import CheckpointError, load_checkpoint, read_config, save_checkpoint, weight_files
+from hsa_compile.model.config import ModelConfig, preset
 from hsa_compile.model.generate import generate, sample
 from hsa_compile.model.model import HsaModel
 from hsa_compile.model.tokenizer import ByteTokenizer
@@ -140,3 +142,31 @@ def test_sampling_stays_in_the_nucleus() -> None:
 def test_generation_refuses(model: HsaModel, prompt: list[int], options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         next(generate(model, prompt, 1, **options))  # type: ignore[arg-type]
+
+
+def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
+    model = HsaModel(preset("tiny"))
+    save_checkpoint(model, tmp_path, {"steps": 3})
+    save_checkpoint(model, tmp_path, {"steps": 3}, shard_bytes=200_000)
+    files = weight_files(tmp_path)
+    assert len(files) > 3
+    assert not (tmp_path / "model.safetensors").exists()
+    assert all(path.stat().st_size < 210_000 for path in files)
+    ids = torch.arange(40)[None]
+    assert torch.equal(load_checkpoint(tmp_path)(ids), model.eval()(ids))
+    files[1].unlink()
+    with pytest.raises(CheckpointError, match="lacks model-00002-of"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_checkpoint(tmp_path)
+    save_checkpoint(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_publishing_halves_the_weights(tmp_path: Path) -> None:
+    save_checkpoint(HsaModel(preset("tiny")), tmp_path / "a", {"steps": 3})
+    done = CliRunner().invoke(app, ["publish", str(tmp_path / "a"), "-o", str(tmp_path / "b"), "--shard-mib", "1"])
+    assert done.exit_code == 0, done.output
+    assert load_checkpoint(tmp_path / "b").embedding.weight.dtype == torch.bfloat16
+    assert read_config(tmp_path / "b")[1] == {"steps": 3}

@@ -73,7 +73,7 @@ def test_a_crash_goes_on_from_the_last_state(recipe: TrainConfig, tmp_path: Path
 
 
 def _crash(recipe: TrainConfig, step: int) -> None:
-    draw = Batches.draw
+    draw = Batches.__getitem__
 
     def drawing(batches: Batches, at: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if at == step:
@@ -81,7 +81,7 @@ def _crash(recipe: TrainConfig, step: int) -> None:
         return draw(batches, at)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Batches, "draw", drawing)
+        patch.setattr(Batches, "__getitem__", drawing)
         with pytest.raises(MemoryError):
             train(recipe)
 

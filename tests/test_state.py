@@ -153,7 +153,7 @@ def test_patching_is_exact(name: str, start: int, end: int) -> None:
     now[:, start:end] = (now[:, start:end] + 7) % 50
     _, state = prefill(model, text, 16)
     before = state.landmark.clone()
-    got, state = patch(model, now, state, start, end, segment=11)
+    got, state = patch(model, now, state, [(start, end)], segment=11)
     want, full = prefill(model, now, 16)
     assert_same(got, want)
     if model.config.has_memory:
@@ -171,7 +171,7 @@ def test_short_prefill_and_patching_refuse() -> None:
     _, state = prefill(model, ids_of(1, 9))
     for ids, start, end, message in ((ids_of(1, 9), 4, 4, "not a range"), (ids_of(1, 8), 0, 1, "has seen")):
         with pytest.raises(ValueError, match=message):
-            patch(model, ids, state, start, end)
+            patch(model, ids, state, [(start, end)])
     with pytest.raises(ValueError, match="1 to 9 tokens"):
         prefill(model, ids_of(2, 9), lengths=[9, 0])
 

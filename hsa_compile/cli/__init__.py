@@ -11,9 +11,10 @@ from rich.logging import RichHandler
 
 from hsa_compile.cli.benchmarks import bench_app
 from hsa_compile.cli.deployment import build, export, run, serve, validate
+from hsa_compile.cli.evaluation import compare, evaluate, harness
 from hsa_compile.cli.inspection import diagnose
 from hsa_compile.cli.overview import demo, doctor
-from hsa_compile.cli.training import tokenize, train
+from hsa_compile.cli.training import publish, tokenize, train
 from hsa_compile.cli.tuning import explain, records_app, tune
 
 app = typer.Typer(
@@ -25,8 +26,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-for command in (train, tokenize, build, export, run, serve, validate, diagnose, tune, explain, doctor, demo):
+for command in (train, tokenize, build, export, run, serve, validate, diagnose, publish, tune, explain, doctor, demo):
     app.command()(command)
+app.command("eval")(evaluate)
+app.command()(compare)
+app.command()(harness)
 app.add_typer(records_app, name="records")
 app.add_typer(bench_app, name="bench")
 

@@ -26,13 +26,13 @@ Seed = Annotated[int, typer.Option(help="Makes the run repeatable.")]
 # define them are not imported to say --help.
 _USER_ERRORS = {
     "BuildError", "BundleError", "CapacityError", "CheckpointError", "ConfigError", "DataError", "DeviceError",
-    "GenerationError", "JournalError", "LibraryError", "MeasurementError", "ProblemError", "RecordError",
-    "ScheduleError", "StepError", "TargetError", "TokenizerError", "TrainingError",
+    "EvaluationError", "GenerationError", "JournalError", "LibraryError", "MeasurementError", "ProblemError",
+    "RecordError", "ScheduleError", "StepError", "TargetError", "TokenizerError", "TrainingError",
 }  # fmt: skip
 _EXTRAS = {
     "torch": "train", "safetensors": "train", "matplotlib": "train", "tokenizers": "tokenizers", "onnx": "export",
-    "onnxscript": "export", "pydantic": "compile", "starlette": "serve", "uvicorn": "serve",
-    "prometheus_client": "serve",
+    "onnxscript": "export", "pydantic": "compile", "lm_eval": "harness", "nltk": "harness", "starlette": "serve",
+    "uvicorn": "serve", "prometheus_client": "serve",
 }  # fmt: skip
 
 

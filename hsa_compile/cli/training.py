@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hsa_compile.cli.common import Output, console, friendly, spinner, text_of
+from hsa_compile.cli.common import Checkpoint, Output, console, friendly, spinner, text_of
 
 if TYPE_CHECKING:
+    from hsa_compile.model.config import ModelConfig
+    from hsa_compile.model.recipe import TrainConfig
     from hsa_compile.model.train import TrainResult
 
 
@@ -22,6 +25,10 @@ def train(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Where to write. Default: runs/tiny.")] = None,
     preset: Annotated[str | None, typer.Option(help="Of the model: tiny (default), 25m, 60m, 240m or 345m.")] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(help="Of that model, with as many parameters: 'no encoder', 'no bypass', SWA, Mamba-2, …"),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="A text file, a directory of them, or of token shards. Default: a book.")
     ] = None,
@@ -60,11 +67,24 @@ def train(
         config = TrainConfig() if recipe is None else read_recipe(recipe)
         if resume and recipe is None:
             config = saved_recipe(given.get("out", config.out))
-        result = run_training(dataclasses.replace(config, **given), resume)
+        config = dataclasses.replace(config, **given)
+        if variant is not None:
+            config = dataclasses.replace(config, model=_variant(variant, config))
+        result = run_training(config, resume)
         if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
             _say_how_it_went(result)
         if result.interrupted:
             raise typer.Exit(130)
+
+
+def _variant(name: str, config: TrainConfig) -> ModelConfig:
+    from hsa_compile.model.config import ConfigError
+    from hsa_compile.model.variants import variants
+
+    rows = variants(config.model, config.length, multiple=16)
+    if name not in rows:
+        raise ConfigError(f"unknown variant {name!r}; known: {', '.join(rows)}")
+    return rows[name]
 
 
 def _say_how_it_went(result: TrainResult) -> None:
@@ -88,3 +108,26 @@ def tokenize(
             pieces, vocab_size = encode_files(text_files(data), tokenizer, say)
             count = write_shards(output, pieces, vocab_size, str(tokenizer))
         console.print(f"{count:,} tokens of a vocabulary of {vocab_size:,} in {output}")
+
+
+def publish(
+    checkpoint: Checkpoint,
+    output: Output = Path("runs/published"),
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    shard_mib: Annotated[float, typer.Option(help="Largest file of weights.", min=1)] = 15.0,
+) -> None:
+    """Write a checkpoint's weights in half precision and in small files; every command reads them, transformers too."""
+    with friendly():
+        from hsa_compile.evaluation.setup import DTYPES
+        from hsa_compile.model.checkpoint import load_checkpoint, read_config, save_checkpoint, weight_files
+        from hsa_compile.model.config import ConfigError
+        from hsa_compile.model.train import TOKENIZER_NAME
+
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        model = load_checkpoint(checkpoint).to(DTYPES[dtype])
+        save_checkpoint(model, output, read_config(checkpoint)[1], int(shard_mib * 2**20))
+        if (checkpoint / TOKENIZER_NAME).is_file():
+            shutil.copyfile(checkpoint / TOKENIZER_NAME, output / TOKENIZER_NAME)
+        files = weight_files(output)
+        console.print(f"{model.parameter_count():,} parameters in {len(files)} files in {output}")
