@@ -3,7 +3,9 @@
     package.export_bundle   model (and kernels) → bundle          needs PyTorch and ONNX
     session.Session         bundle → logits and text              needs numpy and ONNX Runtime
     library.build_library   kernels → ONNX Runtime operators      needs a C++ compiler
-    graph, functions        the graph, and the operators' bodies in standard ONNX
+    text.load_tokenizer     the bundle's tokenizer            needs the package tokenizers, where it is not bytes
+    step, window            the model's step with static shapes, in PyTorch
+    graph, functions        its graph, and the operators' bodies in standard ONNX
 
 The names below load their module when they are first used, so that running a bundle needs none of what made it.
 """
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
     from hsa_compile.export.library import LibraryError, build_library
     from hsa_compile.export.package import export_bundle
     from hsa_compile.export.session import Session
+    from hsa_compile.export.text import load_tokenizer
 
-__all__ = ["BundleError", "LibraryError", "Session", "build_library", "export_bundle"]
+__all__ = ["BundleError", "LibraryError", "Session", "build_library", "export_bundle", "load_tokenizer"]
 
 _MODULES = {
     "BundleError": "bundle",
@@ -27,6 +30,7 @@ _MODULES = {
     "Session": "session",
     "build_library": "library",
     "export_bundle": "package",
+    "load_tokenizer": "text",
 }
 
 

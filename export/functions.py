@@ -1,4 +1,4 @@
-"""Both operators as model-local functions of standard ONNX operators, so that a model runs in a plain ONNX Runtime.
+"""The operators as model-local functions of standard ONNX operators, so that a model runs in a plain ONNX Runtime.
 
 Where the operator library is registered its kernels win and these bodies are not used. They are exact, not fast:
 ``ChunkAttention`` gathers the keys and values of every token, 2·B·L·Hkv·K·S·D floats, so feed it short segments.
@@ -18,7 +18,7 @@ STANDARD_OPSET = 24  # the first with TensorScatter, which the models need for t
 # K columns of -inf follow, so that K may exceed the number of chunks; they and what is not visible come out as -1.
 _CHUNK_SELECT = """
 <domain: "hsa", opset_import: ["" : 24], doc_string: "The K best visible chunks of every token and kv head">
-ChunkSelect <kv_heads, chunk_size, top_k, window: int = 0> (q_r, landmark, position, chunks) => (indices, scores)
+ChunkSelect <kv_num_heads, chunk_size, top_k, window: int = 0> (q_r, landmark, position, chunks) => (indices, scores)
 {
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
@@ -28,7 +28,7 @@ ChunkSelect <kv_heads, chunk_size, top_k, window: int = 0> (q_r, landmark, posit
   axes_13 = Constant <value_ints: ints = [1, 3]> ()
   zero_f = Constant <value_float: float = 0.0> ()
   nothing = Constant <value = float {-inf}> ()
-  Hkv = Constant <value_int: int = @kv_heads> ()
+  Hkv = Constant <value_int: int = @kv_num_heads> ()
   S = Constant <value_int: int = @chunk_size> ()
   K = Constant <value_int: int = @top_k> ()
   W = Constant <value_int: int = @window> ()
@@ -96,7 +96,7 @@ ChunkSelect <kv_heads, chunk_size, top_k, window: int = 0> (q_r, landmark, posit
 # Without chunks there is nothing to gather from, so K is cut to 0 then and the sums are over nothing.
 _CHUNK_ATTENTION = """
 <domain: "hsa", opset_import: ["" : 24], doc_string: "Attention to the selected chunks, a softmax inside each">
-ChunkAttention <chunk_size, off_by_one: int = 0> (q, k, v, indices, weights) => (o)
+ChunkAttention <chunk_size, off_by_one: int = 0, scale: float = 0.0> (q, k, v, indices, weights) => (o)
 {
   zero = Constant <value_int: int = 0> ()
   one = Constant <value_int: int = 1> ()
@@ -163,7 +163,11 @@ ChunkAttention <chunk_size, off_by_one: int = 0> (q, k, v, indices, weights) => 
   dot = MatMul (q_BLHGD, k_BLHDN)
   D_f = Cast <to = 1> (D)
   root = Sqrt (D_f)
-  logits = Div (dot, root)
+  usual = Reciprocal (root)
+  given = Constant <value_float: float = @scale> ()
+  is_given = Greater (given, zero_f)
+  logit_scale = Where (is_given, given, usual)
+  logits = Mul (dot, logit_scale)
   chunk_shape = Concat <axis = 0> (B, L, Hkv, G, K, Ss)
   s = Reshape <allowzero = 1> (logits, chunk_shape)
 
@@ -194,14 +198,96 @@ ChunkAttention <chunk_size, off_by_one: int = 0> (q, k, v, indices, weights) => 
 }
 """
 
+# The ring and the segment are joined first, and all else comes from that: so the rings may be written in place.
+# Slot s of a ring holds the last token before ``position`` whose number is s modulo W, negative where there is none.
+_SLIDING_WINDOW = """
+<domain: "hsa", opset_import: ["" : 24], doc_string: "Causal attention within a window, over a ring of past keys">
+SlidingWindow (q, k, v, past_k, past_v, position, lengths) => (o, present_k, present_v)
+{
+  zero = Constant <value_int: int = 0> ()
+  one = Constant <value_int: int = 1> ()
+  axes_1 = Constant <value_ints: ints = [1]> ()
+  axes_2 = Constant <value_ints: ints = [2]> ()
+  axes_12 = Constant <value_ints: ints = [1, 2]> ()
+  last = Constant <value_ints: ints = [-1]> ()
+  lowest = Constant <value_float: float = -3.4e38> ()
+  B = Shape <start = 0, end = 1> (q)
+  L = Shape <start = 1, end = 2> (q)
+  Hq = Shape <start = 2, end = 3> (q)
+  D = Shape <start = 3, end = 4> (q)
+  W = Shape <start = 1, end = 2> (past_k)
+  Hkv = Shape <start = 2, end = 3> (past_k)
+  G = Div (Hq, Hkv)
+  L0 = Squeeze (L)
+  W0 = Squeeze (W)
+
+  joined_k = Concat <axis = 1> (past_k, k)
+  joined_v = Concat <axis = 1> (past_v, v)
+  position_B1 = Unsqueeze (position, axes_1)
+  place = Range (zero, L0, one)
+  own = Add (position_B1, place)
+  slot = Range (zero, W0, one)
+  before = Sub (position_B1, one)
+  from_slot = Sub (before, slot)
+  back = Mod (from_slot, W)
+  held = Sub (before, back)
+  key_BT = Concat <axis = 1> (held, own)
+
+  key_B1T = Unsqueeze (key_BT, axes_1)
+  own_BL1 = Unsqueeze (own, axes_2)
+  distance = Sub (own_BL1, key_B1T)
+  not_later = GreaterOrEqual (distance, zero)
+  near = Less (distance, W)
+  real = GreaterOrEqual (key_B1T, zero)
+  causal = And (not_later, near)
+  mask = And (causal, real)
+  mask_B11LT = Unsqueeze (mask, axes_12)
+
+  q_f = Cast <to = 1> (q)
+  q_shape = Concat <axis = 0> (B, L, Hkv, G, D)
+  q_BLHGD = Reshape <allowzero = 1> (q_f, q_shape)
+  q_BHGLD = Transpose <perm = [0, 2, 3, 1, 4]> (q_BLHGD)
+  k_f = Cast <to = 1> (joined_k)
+  v_f = Cast <to = 1> (joined_v)
+  k_BHDT = Transpose <perm = [0, 2, 3, 1]> (k_f)
+  v_BHTD = Transpose <perm = [0, 2, 1, 3]> (v_f)
+  k_BH1DT = Unsqueeze (k_BHDT, axes_2)
+  v_BH1TD = Unsqueeze (v_BHTD, axes_2)
+  dot = MatMul (q_BHGLD, k_BH1DT)
+  D_f = Cast <to = 1> (D)
+  root = Sqrt (D_f)
+  s = Div (dot, root)
+  masked = Where (mask_B11LT, s, lowest)
+  p = Softmax <axis = -1> (masked)
+  o_BHGLD = MatMul (p, v_BH1TD)
+  o_BLHGD = Transpose <perm = [0, 3, 1, 2, 4]> (o_BHGLD)
+  o_shape = Shape (q)
+  o_f = Reshape <allowzero = 1> (o_BLHGD, o_shape)
+  o = CastLike (o_f, q)
+
+  lengths_B1 = Unsqueeze (lengths, axes_1)
+  after = Add (before, lengths_B1)
+  after_slot = Sub (after, slot)
+  after_back = Mod (after_slot, W)
+  now_held = Sub (after, after_back)
+  is_new = GreaterOrEqual (now_held, position_B1)
+  number = Sub (now_held, position_B1)
+  new_row = Add (number, W)
+  row = Where (is_new, new_row, slot)
+  row_BW1 = Unsqueeze (row, last)
+  present_k = GatherND <batch_dims = 1> (joined_k, row_BW1)
+  present_v = GatherND <batch_dims = 1> (joined_v, row_BW1)
+}
+"""
+
 
 def function_bodies() -> list[onnx.FunctionProto]:
-    """``ChunkSelect`` and ``ChunkAttention`` of domain ``hsa`` as functions over standard opset ``STANDARD_OPSET``."""
-    return [parser.parse_function(text) for text in (_CHUNK_SELECT, _CHUNK_ATTENTION)]
+    """The operators of domain ``hsa`` as functions over standard opset ``STANDARD_OPSET``."""
+    return [parser.parse_function(text) for text in (_CHUNK_SELECT, _CHUNK_ATTENTION, _SLIDING_WINDOW)]
 
 
 def attach_functions(model: onnx.ModelProto) -> None:
-    """Adds both function bodies to a model that uses the operators, in place.
+    """Adds the function bodies to a model that uses the operators, in place.
 
     Raises:
         ValueError: the model imports an older standard opset than the bodies are written in.

@@ -9,6 +9,24 @@ import numpy as np
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
+class GenerationError(RuntimeError):
+    """A model's logits are no numbers, so that no token can be chosen; the message says what may be the cause."""
+
+
+def checked_token(logits_V: Floats, token: int) -> int:
+    """The likeliest token, where its logit is a number.
+
+    Raises:
+        GenerationError: it is NaN or infinite.
+    """
+    if not np.isfinite(logits_V[token]):
+        raise GenerationError(
+            f"the model's largest logit is {logits_V[token]}, where NaN and infinity are no scores: its weights are "
+            "damaged, or its values overflow the type it runs in; validate the bundle or export it again"
+        )
+    return token
+
+
 class Sampler:
     """Chooses tokens one after the other, the same ones for the same seed.
 
@@ -31,9 +49,14 @@ class Sampler:
         self.random = np.random.default_rng(seed)
 
     def __call__(self, logits_V: Floats) -> int:
-        """A token from float32 logits [V]."""
+        """A token from float32 logits [V].
+
+        Raises:
+            GenerationError: the largest logit is NaN or infinite.
+        """
+        best = checked_token(logits_V, int(logits_V.argmax()))  # NaN counts as largest
         if self.temperature == 0.0:
-            return int(logits_V.argmax())
+            return best
         order = np.argsort(-logits_V, kind="stable")
         scaled = (logits_V[order].astype(np.float64) - logits_V[order[0]]) / self.temperature
         p = np.exp(scaled)

@@ -1,4 +1,4 @@
-"""ONNX schemas of the two operators: domain ``hsa``, opset 1. See ``hsa_compile.ops`` for what they compute."""
+"""ONNX schemas of the operators: domain ``hsa``, opset 1. ``hsa_compile.ops`` and ``window`` say what they compute."""
 
 from __future__ import annotations
 
@@ -21,8 +21,16 @@ index -1 and score 0. Rows of landmark from chunks[b] on are not looked at.
 """
 
 _ATTENTION_DOC = """
-o[t,h] = sum_k weights[t,g,k] * softmax_j(q[t,h]·k[c,j]/sqrt(D)) · v[c,j], c = indices[t,g,k], g the kv head of h.
+o[t,h] = sum_k weights[t,g,k] * softmax_j(q[t,h]·k[c,j]*scale) · v[c,j], c = indices[t,g,k], g the kv head of h.
 Slots with index -1 contribute nothing. With off_by_one, 1 is added to the softmax denominators.
+"""
+
+_WINDOW_DOC = """
+Causal softmax attention of each token to the window of W tokens that ends with it: token i of row b has position
+p = position[b] + i and sees keys j with p - W < j <= p and j >= 0. Keys from position[b] on are in k, those before in a
+ring, key j in slot j mod W. Scores are q·k/sqrt(D); q and k come rotated. Only the first lengths[b] tokens of a row
+count; the output of the others is finite and means nothing. present_k and present_v are the rings after those tokens:
+slot j mod W holds key j for the last W of them. They may be written over past_k and past_v.
 """
 
 
@@ -31,7 +39,7 @@ def _schema(
     doc: str,
     inputs: dict[str, tuple[str, str]],
     outputs: dict[str, tuple[str, str]],
-    attributes: dict[str, tuple[str, int | None]],
+    attributes: dict[str, tuple[str, float | None]],
 ) -> Any:
     """Inputs and outputs are (type, shape) by name, attributes (meaning, default), None where one must be given."""
     return defs.OpSchema(
@@ -42,11 +50,12 @@ def _schema(
         inputs=[defs.OpSchema.FormalParameter(n, *about) for n, about in inputs.items()],
         outputs=[defs.OpSchema.FormalParameter(n, *about) for n, about in outputs.items()],
         type_constraints=_TYPES,
-        attributes=[_integer(n, *about) for n, about in attributes.items()],
+        attributes=[_attribute(n, *about) for n, about in attributes.items()],
     )
 
 
-def _integer(name: str, doc: str, default: int | None) -> Any:
+def _attribute(name: str, doc: str, default: float | None) -> Any:
+    """Of the default's type; an integer where there is none."""
     if default is None:
         return defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.INT, doc, required=True)
     return defs.OpSchema.Attribute(name, make_attribute(name, default), doc)
@@ -63,11 +72,11 @@ _SCHEMAS = (
             "chunks": ("tensor(int64)", "[B], how many rows of landmark are filled"),
         },
         outputs={
-            "indices": ("tensor(int32)", "[B, L, kv_heads, top_k]"),
-            "scores": ("tensor(float)", "[B, L, kv_heads, top_k]"),
+            "indices": ("tensor(int32)", "[B, L, kv_num_heads, top_k]"),
+            "scores": ("tensor(float)", "[B, L, kv_num_heads, top_k]"),
         },
         attributes={
-            "kv_heads": ("Hkv; Hr is Hkv or 1", None),
+            "kv_num_heads": ("Hkv; Hr is Hkv or 1", None),
             "chunk_size": ("S, tokens of a chunk", None),
             "top_k": ("K, slots of a token", None),
             "window": ("0, or the sliding window's width, at least S, to leave to it what it covers", 0),
@@ -87,13 +96,33 @@ _SCHEMAS = (
         attributes={
             "chunk_size": ("S, tokens of a chunk", None),
             "off_by_one": ("1: add 1 to the softmax denominators", 0),
+            "scale": ("factor of the logits; 0 for 1/sqrt(D)", 0.0),
         },
+    ),
+    _schema(
+        "SlidingWindow",
+        _WINDOW_DOC,
+        inputs={
+            "q": ("T", "[B, L, Hq, D]"),
+            "k": ("T", "[B, L, Hkv, D]"),
+            "v": ("T", "[B, L, Hkv, D]"),
+            "past_k": ("T", "[B, W, Hkv, D]"),
+            "past_v": ("T", "[B, W, Hkv, D]"),
+            "position": ("tensor(int64)", "[B], tokens before the segment"),
+            "lengths": ("tensor(int64)", "[B], 0 … L, tokens of the segment that count"),
+        },
+        outputs={
+            "o": ("T", "[B, L, Hq, D]"),
+            "present_k": ("T", "[B, W, Hkv, D]"),
+            "present_v": ("T", "[B, W, Hkv, D]"),
+        },
+        attributes={},
     ),
 )
 
 
 def register() -> None:
-    """Makes both operators known to ``onnx`` (checker, shape inference, exporter). Calling it again changes nothing."""
+    """Makes the operators known to ``onnx`` (checker, shape inference, exporter). Calling it again changes nothing."""
     for schema in _SCHEMAS:
         if not defs.has(schema.name, DOMAIN):
             defs.register_schema(schema)

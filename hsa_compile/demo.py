@@ -14,18 +14,17 @@ from rich.table import Table
 from rich.text import Text
 
 from hsa_compile import validate
-from hsa_compile.bench import models
+from hsa_compile.bench import e2e
 from hsa_compile.bench.record import write_suite
 from hsa_compile.evaluation.journal import Journal
 from hsa_compile.evaluation.plan import Plan
 from hsa_compile.evaluation.report import rows as accuracy_rows
 from hsa_compile.evaluation.run import Evaluation
 from hsa_compile.evaluation.setup import prepare
-from hsa_compile.export import Session, export_bundle
-from hsa_compile.kernels import build_all
+from hsa_compile.export import Session, export_bundle, load_tokenizer
+from hsa_compile.kernels import build_all, exported
 from hsa_compile.model.data import load_text, split_text
 from hsa_compile.model.recipe import TrainConfig
-from hsa_compile.model.tokenizer import ByteTokenizer
 from hsa_compile.model.train import PLOT_NAME, TrainResult, train
 
 Spinner = Callable[[str], AbstractContextManager[Callable[[str], None]]]
@@ -56,7 +55,7 @@ def run_demo(config: TrainConfig, output: Path, console: Console, spinner: Spinn
     model = result.model.eval()
     bundle = output / "bundle"
     with spinner("exporting"):
-        export_bundle(model, bundle, list(build_all(model.config, training=False)))
+        export_bundle(model, bundle, exported(model.config))
     sample = _sample(bundle, split_text(text)[1], console)
     with spinner("asking for hidden values") as say:
         plan = Plan(("pairs",), tuple(m * config.length for m in MULTIPLES), QUESTIONS, config.seed)
@@ -71,20 +70,21 @@ def run_demo(config: TrainConfig, output: Path, console: Console, spinner: Spinn
         checks = validate.run(model, bundle, split_text(text)[1], config.seed, say)
     write_suite(output / "parity.jsonl", validate.rows(checks, config.seed))
     with spinner("measuring") as say:
-        rows = models.run(model, bundle, seconds=BENCH_SECONDS, seed=config.seed, progress=say)
+        rows = e2e.run(bundle, Path(config.out), seconds=BENCH_SECONDS, seed=config.seed, progress=say)
     write_suite(output / "e2e.jsonl", rows)
-    plot = models.plot(rows, output / "e2e.png")
+    plot = e2e.plot(rows, output / "e2e.png")
     summary = _summary(config, result, accuracies, time.perf_counter() - started)
-    parts = (Text(sample), validate.table(checks), models.table(rows), summary, Text(f"speed plot  {plot}"))
+    parts = (Text(sample), validate.table(checks), e2e.table(rows), summary, Text(f"speed plot  {plot}"))
     console.print(Panel(Group(*parts), title="hsa-compile", expand=False))
     return all(check.passed for check in checks)
 
 
 def _sample(bundle: Path, text: bytes, console: Console) -> str:
     """Streams what ONNX Runtime makes of a few words of the held-out text, and returns it."""
-    tokenizer = ByteTokenizer()
-    prompt = tokenizer.decode(list(text[:PROMPT_BYTES]))
-    tokens = Session(bundle).generate(tokenizer.encode(prompt), SAMPLE_TOKENS, temperature=0.7, top_p=0.9)
+    session = Session(bundle)
+    tokenizer = load_tokenizer(bundle, session.manifest)
+    prompt = text[:PROMPT_BYTES].decode(errors="replace")
+    tokens = session.generate(tokenizer.encode(prompt), SAMPLE_TOKENS, temperature=0.7, top_p=0.9)
     console.print(prompt, end="", style="dim", highlight=False, markup=False)
     decoder, pieces = tokenizer.stream(), []
     for token in tokens:

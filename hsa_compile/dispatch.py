@@ -180,6 +180,14 @@ def _triton_lacks(q: Tensor) -> str:
     return "Triton's interpreter can't multiply bfloat16" if q.dtype == torch.bfloat16 else ""
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether Triton programs may take the place of PyTorch's compositions on tensors like ``x``."""
+    backend = current_backend()
+    if backend in ("eager", "reference") or not (x.is_cuda or backend == "triton"):
+        return False
+    return not _triton_lacks(x)
+
+
 def _plain(function: str, q: Tensor, tile: TritonTile | None, *arguments: Any) -> Any:
     """Runs ``function`` where no built kernel does: in Triton on a GPU, or if asked to, else eagerly. ``tile`` is for
     Triton; None for the hand-picked one."""

@@ -37,6 +37,8 @@ PACKAGES = (
     ("onnxscript", "export", "export"),
     ("apache-tvm", "CPU kernels", "compile"),
     ("pydantic", "tuning records", "compile"),
+    ("tokenizers", "vocabularies other than bytes", "tokenizers"),
+    ("starlette", "bundles over HTTP", "serve"),
     ("tilelang", "GPU kernels", "cuda"),
     ("triton", "GPU kernels without a build", "cuda"),
 )
@@ -54,7 +56,7 @@ def report() -> tuple[Table, bool]:
             hint = ""
         except importlib.metadata.PackageNotFoundError:
             found, hint = "–", f"pip install 'hsa-compile[{extra}]'"
-            complete &= extra == "cuda"
+            complete &= extra in ("cuda", "tokenizers", "serve")
         table.add_row(package, found, use, escape(hint))
     compilers = _compiler("C", "CPU kernels"), _compiler("C++", "export with custom ops")
     for what, found, use, hint in (*compilers, _target(), _cache()):

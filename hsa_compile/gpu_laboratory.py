@@ -63,7 +63,7 @@ class GpuLaboratory(ProcessLaboratory):
             _require(level.name)
         count = compilers or max(1, default_threads() - 2)
         pairs = [TilePairs(builder.compiler_module(level.name), measurer) for _ in range(count)]
-        super().__init__([*pairs], Worker(measurer), limits or Limits(check=60.0))
+        super().__init__([*pairs], Worker(measurer), limits or Limits())
         self.clock = "device"
         try:
             found = self._look(copy=True)

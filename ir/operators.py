@@ -1,9 +1,10 @@
-"""The two operators of hierarchical sparse attention, as data: what a kernel is built for, what varies at run time.
+"""The operators of hierarchical sparse attention, as data: what a kernel is built for, what varies at run time.
 
 Shape letters, used throughout the project:
 
     B batch   L tokens of the segment   C chunks of the memory   S tokens a chunk   K chunks selected a token
     Hq query heads   Hkv key/value heads   G = Hq / Hkv   D head width   Hr retrieval heads   Dr retrieval width
+    W tokens of a sliding window
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -36,13 +37,14 @@ def _require_dtype(dtype: str) -> None:
 
 
 class _Problem:
-    """What both operators share: a name, a plain-data form and a hash of it."""
+    """What the operators share: a name, a plain-data form and a hash of it."""
 
     op: ClassVar[str]
 
     def to_dict(self) -> dict[str, object]:
         """Plain data that identifies the problem; ``problem_from_dict`` is its inverse."""
-        return {"op": self.op, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {"op": self.op, **{name: value for name, value in fields.items() if value is not None}}
 
     @property
     def digest(self) -> str:
@@ -123,9 +125,10 @@ class ChunkAttention(_Problem):
         top_k: K.
         off_by_one: add 1 to every softmax denominator, so that a head may attend to nothing in a chunk.
         dtype: of ``q``, ``k``, ``v`` and ``o``; sums are accumulated in fp32.
+        logit_scale: factor of the logits; None for 1/sqrt(D).
 
     Raises:
-        ProblemError: a size is not positive, or the heads do not divide.
+        ProblemError: a size is not positive, the heads do not divide, or the factor is not positive.
     """
 
     op: ClassVar[str] = "chunk_attention"
@@ -136,10 +139,13 @@ class ChunkAttention(_Problem):
     top_k: int
     off_by_one: bool = False
     dtype: Dtype = "float32"
+    logit_scale: float | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         _require_positive(self, "q_heads", "kv_heads", "head_dim", "chunk_size", "top_k")
         _require_dtype(self.dtype)
+        if self.logit_scale is not None and not 0 < self.logit_scale < math.inf:
+            raise ProblemError(f"logit_scale must be positive and finite, got {self.logit_scale!r}")
         if self.q_heads % self.kv_heads:
             raise ProblemError(f"q_heads ({self.q_heads}) must be a multiple of kv_heads ({self.kv_heads})")
 
@@ -150,8 +156,8 @@ class ChunkAttention(_Problem):
 
     @property
     def scale(self) -> float:
-        """Factor of the logits, 1/sqrt(D)."""
-        return 1.0 / math.sqrt(self.head_dim)
+        """Factor of the logits."""
+        return self.logit_scale or 1.0 / math.sqrt(self.head_dim)
 
     def flops(self, B: int, L: int) -> int:
         """Forward, every slot filled: ``4*B*L*K*S*Hq*D``."""
@@ -169,21 +175,89 @@ class ChunkAttention(_Problem):
         return tokens + memory + B * L * self.kv_heads * self.top_k * 8
 
 
+@dataclass(frozen=True)
+class SlidingWindow(_Problem):
+    """Attention of every token to the last W tokens, its own among them; a ring of W slots carries keys and values
+    from call to call.
+
+    ``(q [B,L,Hq,D], k, v [B,L,Hkv,D], past_k, past_v [B,W,Hkv,D], position int64 [B], lengths int64 [B])
+    -> o [B,L,Hq,D], present_k, present_v [B,W,Hkv,D]``
+
+    Token i of row b has position ``p = position[b] + i`` and sees keys j with ``p - W < j <= p`` and ``j >= 0``. Those
+    before ``position[b]`` lie in slot ``j mod W`` of the ring, the others in k and v. Only the first ``lengths[b]``
+    tokens of a row count. Queries and keys come rotated.
+
+    Args:
+        q_heads: Hq, a multiple of Hkv.
+        kv_heads: Hkv.
+        head_dim: D.
+        window: W.
+        dtype: of all tensors but ``position`` and ``lengths``; sums are accumulated in fp32.
+
+    Raises:
+        ProblemError: a size is not positive, or the heads do not divide.
+    """
+
+    op: ClassVar[str] = "sliding_window"
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int
+    dtype: Dtype = "float32"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "q_heads", "kv_heads", "head_dim", "window")
+        _require_dtype(self.dtype)
+        if self.q_heads % self.kv_heads:
+            raise ProblemError(f"q_heads ({self.q_heads}) must be a multiple of kv_heads ({self.kv_heads})")
+
+    @property
+    def groups(self) -> int:
+        """G, the query heads that share a kv head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def scale(self) -> float:
+        """Factor of the logits, 1/sqrt(D)."""
+        return 1.0 / math.sqrt(self.head_dim)
+
+    def flops(self, B: int, L: int) -> int:
+        """Forward, every token's window full: ``4*B*L*W*Hq*D``."""
+        return 4 * B * L * self.window * self.q_heads * self.head_dim
+
+
+# What the tuner searches for, and what kernels are built for.
 Problem = ChunkSelect | ChunkAttention
-_OPERATORS: dict[str, type[ChunkSelect] | type[ChunkAttention]] = {cls.op: cls for cls in (ChunkSelect, ChunkAttention)}
+AnyProblem = Problem | SlidingWindow
+_PROBLEMS: dict[str, type[Problem]] = {cls.op: cls for cls in (ChunkSelect, ChunkAttention)}
 
 
 def problem_from_dict(data: dict[str, object]) -> Problem:
-    """Inverse of ``to_dict``.
+    """Inverse of ``to_dict`` of what is tuned.
 
     Raises:
         ProblemError: the operator or a field is unknown, or a value is invalid.
     """
-    fields = dict(data)
-    op = fields.pop("op", None)
-    if op not in _OPERATORS:
-        raise ProblemError(f"unknown operator {op!r}; known: {', '.join(_OPERATORS)}")
+    op, fields = _taken_apart(data)
+    if op not in _PROBLEMS:
+        raise ProblemError(f"unknown operator {op!r}; known: {', '.join(_PROBLEMS)}")
     try:
-        return _OPERATORS[str(op)](**fields)  # type: ignore[arg-type]
+        return _PROBLEMS[op](**fields)
     except TypeError as error:
         raise ProblemError(f"{op}: {error}") from None
+
+
+def any_problem_from_dict(data: dict[str, object]) -> AnyProblem:
+    """Inverse of ``to_dict`` of every operator; raises as ``problem_from_dict``."""
+    op, fields = _taken_apart(data)
+    if op != SlidingWindow.op:
+        return problem_from_dict(data)
+    try:
+        return SlidingWindow(**fields)
+    except TypeError as error:
+        raise ProblemError(f"{op}: {error}") from None
+
+
+def _taken_apart(data: dict[str, object]) -> tuple[str, dict[str, Any]]:
+    fields = dict(data)
+    return str(fields.pop("op", None)), fields

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from hsa_compile.ir.operators import ChunkAttention, ChunkSelect
+from hsa_compile.ir.operators import ChunkAttention, ChunkSelect, SlidingWindow
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.int32]
@@ -134,3 +134,42 @@ def attention_backward(
         d_k[b, chunk, h] += ds.T @ q[b, t, heads]
         d_v[b, chunk, h] += w * p.T @ grad_o[b, t, heads]
     return d_q, d_k, d_v, d_w
+
+
+def sliding_window(
+    problem: SlidingWindow,
+    q: NDArray,
+    k: NDArray,
+    v: NDArray,
+    past_k: NDArray,
+    past_v: NDArray,
+    position: NDArray,
+    lengths: NDArray,
+) -> tuple[Array, NDArray, NDArray]:
+    """Attention of every token to the W last ones, and the ring that the next call takes.
+
+    Args:
+        q: [B, L, Hq, D], rotated; query head i belongs to kv head i // G.
+        k, v: [B, L, Hkv, D], keys rotated.
+        past_k, past_v: [B, W, Hkv, D], key j in slot j mod W; slots that no key of the past has are not looked at.
+        position: int [B], absolute index of each row's first token.
+        lengths: int [B], the tokens of each row that count.
+
+    Returns:
+        ``o`` float64 [B, L, Hq, D], 0 for tokens that do not count, and ``present_k``, ``present_v`` in the type and
+        shape of the past.
+    """
+    W, G = problem.window, problem.groups
+    o, present_k, present_v = np.zeros(q.shape), past_k.copy(), past_v.copy()
+    for b, i in np.ndindex(q.shape[:2]):
+        if i >= lengths[b]:
+            continue
+        start = int(position[b])
+        present_k[b, (start + i) % W], present_v[b, (start + i) % W] = k[b, i], v[b, i]
+        # The ring holds the token's own key by now, and in place of what it overwrote nothing that the token sees.
+        slots = [j % W for j in range(max(0, start + i - W + 1), start + i + 1)]
+        for h in range(problem.q_heads):
+            s = present_k[b, slots, h // G].astype(np.float64) @ q[b, i, h].astype(np.float64) * problem.scale
+            e = np.exp(s - s.max())
+            o[b, i, h] = e / e.sum() @ present_v[b, slots, h // G].astype(np.float64)
+    return o, present_k, present_v

@@ -10,7 +10,7 @@
     resume, parallel, metrics             states to go on from, several processes, what is measured
     evaluate, diagnose                    held-out loss, and how well it selects
     prefill, generate, checkpoint         prompts, text, and files
-    tokenizer                             bytes as tokens; needs no PyTorch
+    tokenizer                             bytes and other tokens; needs no PyTorch
     huggingface                           all of it behind the interface of Hugging Face transformers
 
 Import from these modules; this one loads nothing, so that running a bundle needs no PyTorch.

@@ -1,11 +1,9 @@
-"""Writing new rows into a memory of fixed capacity: in place when run, a functional operator when exported."""
+"""Writing new rows into a memory of fixed capacity, as an operator without side effects, for exported graphs."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from hsa_compile.model.host import put_rows
 
 
 @torch.library.custom_op("hsa::cache_write", mutates_args=())
@@ -30,15 +28,3 @@ def cache_write(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
 @cache_write.register_fake
 def _(cache: Tensor, update: Tensor, start: Tensor) -> Tensor:
     return torch.empty_like(cache)
-
-
-def write_rows(cache: Tensor, update: Tensor, start_B: Tensor) -> Tensor:
-    """``cache`` with ``update`` written from row ``start_B`` on; all rows of the batch start at the same place.
-
-    The cache itself is changed and returned, except while exporting, where graphs are functional.
-    """
-    if torch.compiler.is_exporting():
-        return torch.ops.hsa.cache_write(cache, update, start_B)
-    if update.shape[1]:
-        put_rows(cache, start_B[:1], update)
-    return cache

@@ -39,8 +39,9 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x_NXd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.attention.split(self.norm(x_NXd))
-        x = x_NXd + self.attention.merge(attend(rotate(q, cos, sin), rotate(k, cos, sin), v))
-        return x + self.mlp(self.mlp_norm(x))
+        o = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        x, normed = self.mlp_norm.after(x_NXd, self.attention.merge(o))
+        return x + self.mlp(normed)
 
 
 class ChunkEncoder(nn.Module):
@@ -76,12 +77,21 @@ class ChunkEncoder(nn.Module):
     def encode(self, x_NSd: Tensor) -> tuple[Tensor, Tensor]:
         """What the landmarks are made of, [N, d], and what keys and values are, the first S of [N, S or X, d]."""
         c = self.config
-        N, S, d = x_NSd.shape
+        S = x_NSd.shape[1]
         if c.encoder == "none":
             return x_NSd.mean(1), self.norm(x_NSd)
-        x = torch.cat((x_NSd, self.cls.expand(N, 1, d)), dim=1) if c.encoder == "cls" else x_NSd
+        x = self._with_cls(x_NSd) if c.encoder == "cls" else x_NSd
         cos, sin = rotations(x.shape[1], c.swa_head_dim, c.rope_base, x.device)
         for layer in self.layers:
             x = layer(x, cos, sin)
         x = self.norm(x)
         return (x[:, S] if c.encoder == "cls" else x.mean(1)), x
+
+    def _with_cls(self, x_NSd: Tensor) -> Tensor:
+        """[N, S + 1, d]: the CLS vector after the last token."""
+        N, S, d = x_NSd.shape
+        if not torch.compiler.is_exporting():
+            return torch.cat((x_NSd, self.cls.expand(N, 1, d)), dim=1)
+        # Exported, no shape is computed, N neither: any token makes room for the vector.
+        place = torch.arange(S + 1)
+        return torch.where(place[:, None] == S, self.cls, x_NSd.index_select(1, place % S))

@@ -12,9 +12,6 @@ from torch import Tensor
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.layers import last_tokens, rotate, rotations
 
-# Queries that share one table of rotations: positions, and with them the rounding of angles, stay this small.
-PART = 8192
-
 
 def fits(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernels take this model's windows: half precision, heads of a multiple of 8 up to 256 wide, a GPU of
@@ -48,22 +45,17 @@ class FlashWindow:
     """
 
     def __init__(self, config: ModelConfig, ring: int, length: int, device: torch.device) -> None:
-        self.W, self.R, self.L = config.window, ring, length
-        keys = min(ring + length, PART + config.window - 1)
-        self.cos, self.sin = rotations(keys, config.swa_head_dim, config.rope_base, device)
+        self.W, self.R = config.window, ring
+        # Angles in float32 would be off by 1e-3 after 16 K tokens.
+        sizes = (ring + length, config.swa_head_dim, config.rope_base)
+        self.cos, self.sin = rotations(*sizes, device, torch.float64)
 
     def attend(self, q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
         """[B, L, H, D] from unrotated queries and unrotated keys of the ring and the segment."""
         # Under autocast a ring of float32 widens the keys that are joined to it.
         k_BTHD, v_BTHD = k_BTHD.to(q_BLHD.dtype), v_BTHD.to(q_BLHD.dtype)
-        parts, end = [], self.R
-        for q in q_BLHD.split(PART, dim=1):
-            first, end = max(0, end - (self.W - 1)), end + q.shape[1]
-            k, v = k_BTHD[:, first:end], v_BTHD[:, first:end]
-            cos, sin = self.cos[: end - first], self.sin[: end - first]
-            n = q.shape[1]
-            parts.append(attend_window(rotate(q, cos[-n:], sin[-n:]), rotate(k, cos, sin), v, self.W))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        q = rotate(q_BLHD, self.cos[self.R :], self.sin[self.R :])
+        return attend_window(q, rotate(k_BTHD, self.cos, self.sin), v_BTHD, self.W)
 
     def kept(self, k_BTHD: Tensor, v_BTHD: Tensor) -> tuple[Tensor, Tensor]:
         """The last W - 1 tokens."""

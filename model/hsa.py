@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hsa_compile.model.config import ModelConfig, SlotWeights
 from hsa_compile.model.encoder import Memory
-from hsa_compile.model.layers import SwiGlu, rms_norm
+from hsa_compile.model.layers import RmsNorm, SwiGlu, rms_norm
 from hsa_compile.noise import noisy_chunk_select
 from hsa_compile.ops import chunk_attention, chunk_select
 
@@ -59,13 +59,14 @@ class MemoryReader(nn.Module):
 
     config: ModelConfig
     norm: nn.Module
-    mlp_norm: nn.Module
+    mlp_norm: RmsNorm
     mlp: nn.Module
 
     def forward(self, x_BLd: Tensor, memory: Memory, position_B: Tensor, chunks_B: Tensor) -> Tensor:
         """[B, L, d]; ``position_B`` is that of the first token, ``chunks_B`` how many rows of the memory are filled."""
-        retrieved = x_BLd + self.retrieve(self.norm(x_BLd), memory, position_B, chunks_B)
-        return (x_BLd if self.config.bypass else retrieved) + self.mlp(self.mlp_norm(retrieved))
+        o = self.retrieve(self.norm(x_BLd), memory, position_B, chunks_B)
+        retrieved, normed = self.mlp_norm.after(x_BLd, o)
+        return (x_BLd if self.config.bypass else retrieved) + self.mlp(normed)
 
     def retrieve(self, x_BLd: Tensor, memory: Memory, position_B: Tensor, chunks_B: Tensor) -> Tensor:
         """What the normed stream reads, [B, L, d]."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsa_compile.model import fused
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.rows import Ragged
 
@@ -30,6 +31,8 @@ class RmsNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused.serves(x):
+            return fused.rms_norm(x, self.weight, NORM_EPS)
         plain = x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
         if torch.compiler.is_exporting() or not plain:
             # The result has the dtype of x: under autocast, queries and keys stay in the values' half precision.
@@ -37,20 +40,35 @@ class RmsNorm(nn.RMSNorm):
         mean_square = torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1]
         return (x * self.weight) * torch.rsqrt(mean_square + NORM_EPS)
 
+    def after(self, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + added``, and its norm."""
+        if added.shape == x.shape and fused.serves(x):
+            return fused.add_norm(x, added, self.weight, NORM_EPS)
+        x = x + added
+        return x, self(x)
+
 
 def rms_norm(width: int) -> RmsNorm:
     return RmsNorm(width, eps=NORM_EPS)
 
 
-def rotations(length: int, head_dim: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [length, 1, head_dim / 2] of positions 0 … length - 1, for [..., length, H, head_dim]."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None, None] * frequency
-    return angle.cos(), angle.sin()
+def rotations(
+    length: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, 1, head_dim / 2] of positions 0 … length - 1, for [..., length, H, head_dim].
+
+    Args:
+        dtype: of the angles; those of many positions want float64. The result is float32.
+    """
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=dtype) / head_dim)
+    angle = torch.arange(length, device=device, dtype=dtype)[:, None, None] * frequency
+    return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE over leading batch dimensions: element i of the first half pairs with element i of the second."""
+    if x_THD.dim() == 4 and fused.serves(x_THD):
+        return fused.rotate(x_THD, cos, sin)
     a, b = x_THD.chunk(2, dim=-1)
     cos, sin = cos.to(x_THD.dtype), sin.to(x_THD.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -69,10 +87,10 @@ def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Tensor | None =
         return o.transpose(1, 2)
     # Exported graphs take plain products, which every runtime computes for empty batches as well.
     q = q.unflatten(1, (k.shape[1], -1))
-    scores = q @ k.unsqueeze(2).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = (q @ k.unsqueeze(2).transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
+    return (scores.softmax(-1).to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2).transpose(1, 2)
 
 
 class Span(Protocol):
@@ -108,8 +126,7 @@ class SlidingWindow:
         starts_BL: Tensor | None = None,
     ) -> None:
         self.W, self.R, self.L = config.window, ring, length
-        # The export holds for any length, and is meant for segments of about a window.
-        self.blocked = not torch.compiler.is_exporting() and length > self.W
+        self.blocked = length > self.W
         keys = 2 * self.W if self.blocked else ring + length
         queries = self.W if self.blocked else length
         self.cos, self.sin = rotations(keys, config.swa_head_dim, config.rope_base, device)
@@ -160,7 +177,7 @@ class SlidingWindow:
 
 def last_tokens(x_BTHD: Tensor, count: int) -> Tensor:
     """The last ``count`` tokens, or all of fewer, in memory of their own."""
-    return x_BTHD[:, torch.sym_max(x_BTHD.shape[1] - count, 0) :].contiguous()
+    return x_BTHD[:, max(x_BTHD.shape[1] - count, 0) :].contiguous()
 
 
 def own_keys(
@@ -187,7 +204,7 @@ class Projections(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = (config.swa_heads, config.swa_kv_heads, config.swa_kv_heads)
-        D = config.swa_head_dim
+        self.D = D = config.swa_head_dim
         self.qkv = nn.Linear(config.d_model, sum(self.heads) * D, bias=False)
         self.out = nn.Linear(config.swa_heads * D, config.d_model, bias=False)
         self.q_norm = rms_norm(D) if config.qk_norm else nn.Identity()
@@ -195,7 +212,8 @@ class Projections(nn.Module):
 
     def split(self, x_BLd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, L, H, D], k and v [B, L, Hkv, D], before any rotation."""
-        q, k, v = self.qkv(x_BLd).unflatten(-1, (sum(self.heads), -1)).split(self.heads, dim=2)
+        parts = self.qkv(x_BLd).split([heads * self.D for heads in self.heads], dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.D)) for part in parts)
         return self.q_norm(q), self.k_norm(k), v
 
     def merge(self, o_BLHD: Tensor) -> Tensor:
@@ -211,7 +229,10 @@ class SwiGlu(nn.Module):
         self.down = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        gate_up = self.gate_up(x)
+        if fused.serves(gate_up):
+            return self.down(fused.gated(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.down(F.silu(gate) * up)
 
 
@@ -232,5 +253,5 @@ class SwaLayer(nn.Module):
         q, k, v = self.attention.split(self.norm(x_BLd))
         if ring_k_BRHD is not None and ring_v_BRHD is not None:
             k, v = torch.cat((ring_k_BRHD, k), dim=1), torch.cat((ring_v_BRHD, v), dim=1)
-        x = x_BLd + self.attention.merge(span.attend(q, k, v))
-        return x + self.mlp(self.mlp_norm(x)), k, v
+        x, normed = self.mlp_norm.after(x_BLd, self.attention.merge(span.attend(q, k, v)))
+        return x + self.mlp(normed), k, v

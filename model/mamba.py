@@ -117,7 +117,16 @@ def _simple_gla() -> Callable[..., Any] | None:
 def has_kernel(x: Tensor, length: int) -> bool:
     """Whether fla's kernels scan what was projected to ``x``: half precision on a GPU, a chunk of tokens or more."""
     half = x.is_cuda and x.dtype in (torch.float16, torch.bfloat16)
-    return half and length >= SCAN_CHUNK and _simple_gla() is not None
+    return half and length >= SCAN_CHUNK and _simple_gla() is not None and _compiles_rightly(x.device)
+
+
+@functools.cache
+def _compiles_rightly(device: torch.device) -> bool:
+    """On Hopper Triton 3.4 to 3.7.0 miscompiles the gradient, so fla-core refuses it (fla-org, issue 640)."""
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split("+")[0].split(".")[:3])
+    return torch.cuda.get_device_capability(device)[0] != 9 or not (3, 4) <= version < (3, 7, 1)
 
 
 class Mamba2(nn.Module):
@@ -195,8 +204,8 @@ class MambaLayer(nn.Module):
         if conv_BXc is None or ssm_BHPN is None:
             conv_BXc, ssm_BHPN = empty_state(self.config, x_BLd.shape[0], x_BLd.dtype, x_BLd.device)
         o, conv, ssm = self.mamba(self.norm(x_BLd), span, conv_BXc, ssm_BHPN)
-        x = x_BLd + o
-        return x + self.mlp(self.mlp_norm(x)), conv, ssm
+        x, normed = self.mlp_norm.after(x_BLd, o)
+        return x + self.mlp(normed), conv, ssm
 
 
 def empty_state(

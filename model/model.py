@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hsa_compile.model import fused
 from hsa_compile.model.baselines import FullAttention, MeanPooledMemory, NsaLayer
-from hsa_compile.model.cache import write_rows
 from hsa_compile.model.config import WITH_MAMBA, ConfigError, ModelConfig
 from hsa_compile.model.encoder import ChunkEncoder, Memory
 from hsa_compile.model.flash import FlashWindow, fits
@@ -247,15 +247,15 @@ class HsaModel(nn.Module):
         ragged: Ragged | None = None,
         offloaded: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
-        """``step`` on bare tensors, for export: what is computed depends on shapes and never on values.
+        """``step`` on bare tensors: what is computed depends on shapes and, without ``ragged``, never on values.
 
         Shapes are those of ``State``; the memory must have room for the ``(r + L) // S`` chunks that the segment
         completes. Without ``ragged``, every text of the batch has the same ``position`` and ``chunks``.
 
         Args:
             logits_at: int64 [wanted], the tokens of the segment after which logits are given; None gives all L.
-            ragged: where rows are not alike; not for export.
-            offloaded: keys and values of the memory lie in the host's; not for export.
+            ragged: where rows are not alike.
+            offloaded: keys and values of the memory lie in the host's.
 
         Returns:
             Logits [B, L or wanted, V] and the state after the segment, in the order of the arguments.
@@ -298,12 +298,12 @@ class HsaModel(nn.Module):
             return self._remember_ragged(joined, memory, chunks_B, pending_Brd.shape[1], ragged)
         n = joined.shape[1] // S
         pending = joined[:, n * S :].contiguous()
-        if not torch.compiler.is_exporting() and not n:
+        if not n:
             return memory, chunks_B, pending
         new: Memory = self.encoder(joined[:, : n * S].unflatten(1, (n, S)))  # type: ignore[misc]
-        places = (chunks_B * S, chunks_B * S, chunks_B)
-        written = type(memory)(*(write_rows(x, y, place) for x, y, place in zip(memory, new, places)))
-        return written, chunks_B + new.landmark.shape[1], pending
+        for x, y, tokens in zip(memory, new, (S, S, 1)):
+            put_rows(x, chunks_B[:1] * tokens, y)  # all rows are at the same chunk
+        return memory, chunks_B + n, pending
 
     def _remember_ragged(
         self, joined: Tensor, memory: Memory, chunks_B: Tensor, carried: int, ragged: Ragged
@@ -354,7 +354,11 @@ def sequence_loss(
     Args:
         total: what the weights of the whole batch add up to, where this is a part of it; the parts' losses add up.
     """
-    loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten(), reduction="none")
+    logits, targets = logits_BLV.flatten(0, 1), targets_BL.flatten()
+    if fused.serves(logits):
+        loss = fused.cross_entropy(logits, targets)
+    else:
+        loss = F.cross_entropy(logits.float(), targets, reduction="none")
     if weights_BL is None:
         return loss.mean()
     weights = weights_BL.flatten()

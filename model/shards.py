@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from hsa_compile.model.checkpoint import write_atomically, write_text
 from hsa_compile.model.data import DataError, read_text
+from hsa_compile.model.tokenizer import JsonTokenizer, TokenizerError
 
 FORMAT, VERSION, INDEX_NAME = "hsa-compile tokens", 1, "index.json"
 MIN_TOKENS = 1024
@@ -159,7 +160,7 @@ def _map(path: Path, count: int) -> Ids:
 
 
 class Tokenizer:
-    """A Hugging Face ``tokenizer.json``, used without its special tokens.
+    """A Hugging Face ``tokenizer.json``, for data.
 
     Raises:
         DataError: it cannot be read.
@@ -167,21 +168,15 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        import tokenizers
-
-        if not Path(path).is_file():
-            raise DataError(f"no such tokenizer: {path}; give a Hugging Face tokenizer.json")
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises nothing narrower
-            raise DataError(f"{path} is not a Hugging Face tokenizer.json: {error}") from None
-        self.vocab_size: int = self._tokenizer.get_vocab_size()
+            self._tokenizer = JsonTokenizer(path)
+        except TokenizerError as error:
+            raise DataError(str(error)) from None
+        self.vocab_size = self._tokenizer.vocab_size
 
     def encode(self, text: bytes) -> Ids:
-        """Token ids of UTF-8 text, line by line: in one piece, long texts take many times their size of memory."""
-        lines = text.decode().splitlines(keepends=True)
-        pieces = self._tokenizer.encode_batch_fast(lines, add_special_tokens=False)
-        return np.concatenate([np.zeros(0, np.uint32), *(np.array(piece.ids, np.uint32) for piece in pieces)])
+        """Token ids of UTF-8 text, uint32."""
+        return self._tokenizer.encode_array(text.decode())
 
 
 def encode_files(

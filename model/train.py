@@ -77,7 +77,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
         DataError: the text cannot be used.
         ConfigError: model, data and recipe do not fit.
         CheckpointError: there is nothing to resume, it is of another recipe or damaged, or saving failed.
-        TrainingError: the loss is not a number any more.
+        TrainingError: the loss or its gradient is not a finite number any more; no state of that is saved.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -178,7 +178,10 @@ class _Run:
                 "resume with the saved values, or train to another output"
             )
         if about["data"] != self.corpus.digest:
-            raise CheckpointError(f"the training in {self.out} was on other data; give it the same text to resume")
+            raise CheckpointError(
+                f"the training in {self.out} was on other data than {self.config.data or 'the book'} has now; give it "
+                "the same text to resume, or train to another output"
+            )
 
     def _restore(self, path: Path, about: dict[str, Any]) -> None:
         load_state(path, about, self.world, self.model, self.optimizer)
@@ -212,16 +215,24 @@ class _Run:
         self.seconds += time.perf_counter() - started
         record: dict[str, Any] = {"step": self.step, "loss": total}
         record["grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not (math.isfinite(total) and math.isfinite(record["grad_norm"])):
+            raise TrainingError(self._diverged(total, record["grad_norm"]))
         record |= {"lr": self.optimizer.param_groups[0]["lr"], "seconds": round(self.seconds, 3)}
         if self.step % c.eval_every == 0 or self.step == c.steps:
             record |= self._evaluate()
         if self.metrics:
             self.metrics.write(record)
-        if not math.isfinite(total):
-            raise TrainingError(f"the loss of step {self.step} is {total}: lower lr or clip, or look at the data")
         self.interrupted = stops > 0 and self.step < c.steps
         if c.save_every and self.step < c.steps and (self.step % c.save_every == 0 or self.interrupted):
             self._save()
+
+    def _diverged(self, loss: float, norm: float) -> str:
+        line = (
+            f"step {self.step} has the loss {loss} and a gradient of norm {norm}: lower lr or clip, or look at the data"
+        )
+        if found := states(self.out):
+            line += f"; the state of {found[-1].name} is from before"
+        return line
 
     def _gradients(self, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Adds up this process's gradients, part by part, and returns its share of the loss."""

@@ -26,7 +26,7 @@ import filelock
 import platformdirs
 
 import hsa_compile
-from hsa_compile.ir import Problem, problem_from_dict
+from hsa_compile.ir import AnyProblem, any_problem_from_dict
 from hsa_compile.schedules.choice import COMPILED_DTYPES, Backend, Tile, choose
 from hsa_compile.schedules.target import resolve_any
 from hsa_compile.schedules.worker import Worker, WorkerError
@@ -56,7 +56,7 @@ class Artifact:
     """
 
     directory: Path
-    problem: Problem
+    problem: AnyProblem
     pass_name: str
     target: str
     symbol: str
@@ -68,8 +68,8 @@ class Artifact:
 
     @property
     def objects(self) -> list[Path]:
-        """Relocatable objects of a CPU kernel alone, to link into another library."""
-        return [self.directory / "program.o", self.directory / "glue.o"]
+        """Relocatable objects of the kernel alone, to link into another library (with CUDA's runtime, for GPUs)."""
+        return sorted(self.directory.glob("*.o"))
 
 
 def cache_directory() -> Path:
@@ -157,7 +157,7 @@ def _sources_digest() -> str:
 
 
 def build_request(
-    problem: Problem, pass_name: str, target: str, tile: Tile | None = None, length: int | None = None
+    problem: AnyProblem, pass_name: str, target: str, tile: Tile | None = None, length: int | None = None
 ) -> dict[str, object]:
     """All that a build depends on; ``tile`` and ``length`` as in ``build``.
 
@@ -195,7 +195,7 @@ def require_compilers(target: str) -> None:
 
 
 def build(
-    problem: Problem,
+    problem: AnyProblem,
     pass_name: str = "forward",
     target: str = "cpu:native",
     tile: Tile | None = None,
@@ -233,7 +233,7 @@ def build(
 
 
 def find(
-    problem: Problem, pass_name: str, target: str, tile: Tile | None = None, length: int | None = None
+    problem: AnyProblem, pass_name: str, target: str, tile: Tile | None = None, length: int | None = None
 ) -> Artifact | None:
     """The kernel that ``build`` would return, if it is built already; nothing is compiled.
 
@@ -262,7 +262,7 @@ def _load(directory: Path, request: dict[str, object]) -> Artifact | None:
             if version not in (NOT_INSTALLED, made["versions"][name]):
                 log.info("building anew what %s %s made: %s is installed", name, made["versions"][name], version)
                 return None
-        problem = problem_from_dict(made["problem"])
+        problem = any_problem_from_dict(made["problem"])
         return Artifact(directory, problem, made["pass"], made["target"], manifest["symbol"])
     except (FileNotFoundError, NotADirectoryError):
         if directory.is_dir():

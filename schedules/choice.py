@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from hsa_compile.ir import Problem
+from hsa_compile.ir import AnyProblem, SlidingWindow
 from hsa_compile.ir.programs import CpuTile, GpuTile
 from hsa_compile.schedules import cpu, gpu, triton
 from hsa_compile.schedules.target import CpuTarget, GpuTarget, resolve_any
@@ -64,15 +64,17 @@ def backend_of(tile: Tile) -> Backend:
     return next(name for name, kind in TILES.items() if isinstance(tile, kind))
 
 
-def backends(problem: Problem, level: CpuTarget | GpuTarget) -> tuple[Backend, ...]:
+def backends(problem: AnyProblem, level: CpuTarget | GpuTarget) -> tuple[Backend, ...]:
     """Those that have a program of a problem on a target, the one that is taken where nothing is known first."""
     if isinstance(level, CpuTarget):
         return ("tvm",)
+    if isinstance(problem, SlidingWindow):
+        return ("tilelang",)
     return ("tilelang", "triton") if problem.dtype in COMPILED_DTYPES else ("triton",)
 
 
 def default_tile(
-    problem: Problem,
+    problem: AnyProblem,
     pass_name: str,
     level: CpuTarget | GpuTarget,
     length: int | None = None,
@@ -85,7 +87,7 @@ def default_tile(
     """
     if isinstance(level, CpuTarget):
         return cpu.tile_for(problem, level)
-    if (backend or backends(problem, level)[0]) == "triton":
+    if not isinstance(problem, SlidingWindow) and (backend or backends(problem, level)[0]) == "triton":
         return triton.tile_for(problem, pass_name, length)
     return gpu.tile_for(problem, pass_name, level, length)
 
@@ -116,7 +118,7 @@ def tile_from_dict(fields: dict[str, Any], target: CpuTarget | GpuTarget, backen
 
 
 def choose(
-    problem: Problem,
+    problem: AnyProblem,
     pass_name: str = "forward",
     target: str = "cpu:native",
     length: int | None = None,
@@ -143,6 +145,8 @@ def choose(
         return Choice(default, "default", f"{VARIABLE}=default asks for the hand-picked tile")
     if asked != "tuned":
         return Choice(_overridden(default, asked, level), "environment", f"fields from {VARIABLE}")
+    if isinstance(problem, SlidingWindow):
+        return Choice(default, "default", "sliding windows are not tuned")
     try:
         from hsa_compile.schedules import records
     except ModuleNotFoundError as error:

@@ -14,7 +14,7 @@ from typing import Any
 import tvm
 from tvm import tirx
 
-from hsa_compile.ir import Problem, problem_from_dict
+from hsa_compile.ir import AnyProblem, any_problem_from_dict
 from hsa_compile.ir.programs import CpuTile, Program
 from hsa_compile.schedules.builder import compiler
 from hsa_compile.schedules.glue import glue_source
@@ -37,13 +37,14 @@ PASSES = [
 MATTR = {"x86_64": ["+prefer-no-gather", "+prefer-no-scatter"], "aarch64": []}
 
 
-def program_for(problem: Problem, pass_name: str, tile: CpuTile) -> Program:
+def program_for(problem: AnyProblem, pass_name: str, tile: CpuTile) -> Program:
     """The CPU program of an operator's pass."""
     module = {
         ("chunk_attention", "forward"): "attention",
         ("chunk_attention", "backward"): "attention_backward",
         ("chunk_select", "forward"): "select",
         ("chunk_select", "backward"): "select_backward",
+        ("sliding_window", "forward"): "window",
     }[problem.op, pass_name]
     return importlib.import_module(f"hsa_compile.ir.programs.cpu.{module}").program(problem, tile)
 
@@ -63,7 +64,7 @@ def lower(program: Program, prefix: str, target: CpuTarget) -> Any:
 
 
 def main(directory: Path, request: dict[str, Any]) -> str:
-    problem = problem_from_dict(request["problem"])
+    problem = any_problem_from_dict(request["problem"])
     program = program_for(problem, request["pass"], CpuTile(**request["tile"]))
     prefix = f"hsa_{problem.digest}_{request['pass']}"
     lower(program, prefix, resolve(request["target"])).write_to_file(str(directory / "program.o"), "o")

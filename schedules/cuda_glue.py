@@ -1,13 +1,19 @@
-"""The C++ source between lowered GPU kernels and the interface of ``host/cuda_kernel.h``."""
+"""The C++ source between compiled GPU kernels and the interface of ``host/cuda_kernel.h``.
+
+It is apart from the kernels' own source, and embeds what that was compiled to: of nvcc's 8 seconds for a kernel and its
+launcher in one file, the host's compiler took 5, for TileLang's headers.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 
-from hsa_compile.ir import Problem
+from hsa_compile.ir import AnyProblem
 from hsa_compile.ir.programs import GpuProgram, Launch
 from hsa_compile.schedules.glue import DIMS, DTYPE_SIZE
+
+HEADERS = '#include "cuda_image.h"\n#include "cuda_kernel.h"\n#include "cuda_launch.h"\n'
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,17 @@ class Lowered:
     tensor_maps: dict[str, TensorMap]
 
 
-# Dynamic shared memory that a kernel may have without asking for more: 48 KiB less its static part, the barriers.
-PLAIN_SHARED_BYTES = 40 * 1024
+def image_source(image: str, path: str) -> str:
+    """C++ that embeds a file of compiled kernels as ``image``."""
+    name = json.dumps(f'.section .rodata\n.balign 64\n{image}_bytes: .incbin "{path}"\n.previous\n')
+    return f'__asm__({name});\nextern "C" const char {image}_bytes[];\nstatic hsa_image {image} = {{{image}_bytes}};\n'
 
 
-def launcher_source(launch: Launch, kernel: Lowered) -> str:
-    """CUDA C++ of a kernel and of ``<symbol>_launch(pointers, dims, scratch, stream)``, which enqueues it.
+def launcher_source(launch: Launch, kernel: Lowered, image: str) -> str:
+    """C++ of ``<symbol>_launch(pointers, dims, scratch, stream)``, which enqueues a kernel.
+
+    Args:
+        image: what embeds it, see ``image_source``.
 
     Raises:
         ValueError: the launch names other buffers or dims than the kernel takes.
@@ -62,9 +73,7 @@ def launcher_source(launch: Launch, kernel: Lowered) -> str:
         raise ValueError(f"{launch.symbol} takes {kernel.buffers}, but the launch gives {launch.arguments}")
     where = {name: f"pointers[{i}]" for i, name in enumerate(kernel.buffers)}
     lines = [
-        kernel.source,
-        '#include "cuda_launch.h"',
-        f'extern "C" int {kernel.symbol}_launch(void* const* pointers, const int64_t* dims, void* scratch, '
+        f"static int {kernel.symbol}_launch(void* const* pointers, const int64_t* dims, void* scratch, "
         "cudaStream_t stream) {",
         "  (void)scratch;",
     ]
@@ -76,17 +85,12 @@ def launcher_source(launch: Launch, kernel: Lowered) -> str:
     ]
     for tensor_map in kernel.tensor_maps.values():
         lines += _tensor_map(tensor_map, where[tensor_map.buffer])
-    if kernel.shared_bytes > PLAIN_SHARED_BYTES:
-        lines += [
-            f"  const cudaError_t allowed = cudaFuncSetAttribute((const void*){kernel.symbol}, "
-            f"cudaFuncAttributeMaxDynamicSharedMemorySize, {kernel.shared_bytes});",
-            "  if (allowed != cudaSuccess) return allowed;",
-        ]
     arguments = ", ".join(_argument(name, launch, kernel, where) for name in kernel.parameters)
     lines += [
         f"  void* arguments[] = {{{arguments}}};",
-        f"  return cudaLaunchKernel((const void*){kernel.symbol}, dim3(grid[0], grid[1], grid[2]), "
-        f"dim3(block[0], block[1], block[2]), arguments, {kernel.shared_bytes}, stream);",
+        f'  static hsa_embedded kernel = {{&{image}, "{kernel.symbol}"}};',
+        f"  return hsa_launch(kernel, dim3(grid[0], grid[1], grid[2]), dim3(block[0], block[1], block[2]), arguments, "
+        f"{kernel.shared_bytes}, stream);",
         "}",
     ]
     return "\n".join(lines) + "\n"
@@ -115,8 +119,8 @@ def _tensor_map(x: TensorMap, pointer: str) -> list[str]:
     ]
 
 
-def table_source(program: GpuProgram, problem: Problem, pass_name: str, symbols: list[str]) -> tuple[str, str]:
-    """Returns the C symbol of the ``hsa_cuda_kernel`` and the C++ source that defines it.
+def table_source(program: GpuProgram, problem: AnyProblem, pass_name: str, symbols: list[str]) -> tuple[str, str]:
+    """Returns the C symbol of the ``hsa_cuda_kernel`` and the C++ source that defines it, to follow the launchers.
 
     Args:
         symbols: of the kernels, in the order of the launches.
@@ -124,12 +128,8 @@ def table_source(program: GpuProgram, problem: Problem, pass_name: str, symbols:
     symbol = f"hsa_cuda_kernel_{problem.digest}_{pass_name}"
     text = json.dumps(json.dumps(problem.to_dict(), sort_keys=True))
     sizes = [f"up(INT64_C({DTYPE_SIZE[r.dtype]}) * ({r.elements}))" for r in program.scratch]
-    signature = "(void* const*, const int64_t*, void*, cudaStream_t)"
     lines = [
-        '#include "cuda_kernel.h"',
-        '#include "cuda_launch.h"',
         "[[maybe_unused]] static int64_t up(int64_t bytes) { return (bytes + 255) / 256 * 256; }",
-        *(f'extern "C" int {name}_launch{signature};' for name in symbols),
         f"static int64_t scratch_bytes(const int64_t* dims) {{ {DIMS} return {' + '.join(['INT64_C(0)', *sizes])}; }}",
         "static int32_t run(void* const* tensors, const int64_t* dims, void* scratch, void* stream) {",
         f"  {DIMS}",

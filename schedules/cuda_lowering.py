@@ -16,6 +16,9 @@ from hsa_compile.schedules.cuda_glue import Lowered, TensorMap
 from hsa_compile.schedules.target import GpuTarget
 
 _BINARY = {"Add": "+", "Sub": "-", "Mul": "*"}
+# Lowered launches of this process, by what they were lowered from: tiles hardly change nine of a backward pass, and
+# lowering those takes as long as nvcc does.
+_LOWERED: dict[tuple[Any, ...], Lowered] = {}
 _CALLS = {"FloorDiv": "hsa_floordiv", "FloorMod": "hsa_floormod", "Min": "hsa_min", "Max": "hsa_max"}
 
 
@@ -63,6 +66,13 @@ def lower(launch: Launch, symbol: str, target: GpuTarget) -> Lowered:
         ValueError: the function lowers to anything but one kernel, or needs a launch that launchers do not give.
     """
     function = launch.function.with_attr("global_symbol", symbol)
+    key = (tvm.ir.save_json(function), str(sorted(launch.options.items())), target.arch)
+    if key not in _LOWERED:
+        _LOWERED[key] = _lower(function, launch, target)
+    return _LOWERED[key]
+
+
+def _lower(function: Any, launch: Launch, target: GpuTarget) -> Lowered:
     context = create_backend_context({"kind": "cuda", "arch": target.arch}, None, "cython")
     with tvm.transform.PassContext(opt_level=3, config=launch.options), context.target:
         lowered = lower_with_context(function, context)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 
-from hsa_compile.ir import Problem
+from hsa_compile.ir import AnyProblem
 from hsa_compile.ir.programs import Program, Region
 
 DTYPE_SIZE = {"float32": 4, "float16": 2, "uint16": 2, "int32": 4, "int64": 8}
 DIMS = "const int64_t B = dims[0], L = dims[1], C = dims[2]; (void)B, (void)L, (void)C;"
 
 
-def glue_source(program: Program, problem: Problem, pass_name: str, prefix: str) -> tuple[str, str]:
+def glue_source(program: Program, problem: AnyProblem, pass_name: str, prefix: str) -> tuple[str, str]:
     """Returns the kernel's C symbol and the source that defines it."""
     symbol = f"hsa_kernel_{problem.digest}_{pass_name}"
     text = json.dumps(json.dumps(problem.to_dict(), sort_keys=True))

@@ -158,7 +158,7 @@ def refusal(problem: Problem, pass_name: str, tile: Tile, target: GpuTarget) -> 
             return f"a tile has at most {LISTED_ROWS} rows, got {tile.tokens * problem.groups}"
     if pass_name == "backward" and tile.tokens > MASKED_TOKENS:
         return f"a tile of the backward has at most {MASKED_TOKENS} tokens, got {tile.tokens}"
-    if pass_name == "forward" and tile.wgmma and tile.form != "token" and tile.stages < 2:
+    if tile.wgmma and (tile.form != "token" or pass_name == "backward") and tile.stages < 2:
         return "chunks are loaded ahead: at least 2 stages"
     return _too_large(problem, pass_name, tile, target)
 

@@ -20,7 +20,7 @@ def select_tile(problem: ChunkSelect, arch: str, pass_name: str = "forward", len
             many.
     """
     if pass_name == "backward":
-        return GpuTile(pairs=256)
+        return GpuTile(pairs=512)  # on an H100 up to 1.09 times as fast as 256 from 128 K tokens on, before that alike
     together, most = SHARED_MEMORY[arch]
     wide, few = problem.retrieval_dim > 256, length is not None and length < FEW
     if arch == "sm_90a" and not few and not (wide and problem.top_k > 32):

@@ -33,7 +33,7 @@ _WARPS: Choices = {"form": ("warps",), "wgmma": (True,), "stages": (2, 3, 4, 5, 
 _WARPS_A_BLOCK = (3, 5, 7, 9, 11, 15)  # that multiply; one more loads
 _TOKEN: Choices = {"form": ("token",), "slots": (1, 2, 4, 8)}
 _BACKWARD: Choices = {
-    "tokens": (1, 2, 4, 8, 16, 32, 64), "stages": (1, 2, 3), "blocks": (1, 2, 3, 4, 5), "pairs": (*_PAIRS, 1024),
+    "tokens": (1, 2, 4, 8, 16, 32, 64), "stages": (2, 3), "blocks": (1, 2, 3, 4, 5), "pairs": (*_PAIRS, 1024),
     "memory_stages": (2, 3, 4), "memory_blocks": (1, 2, 3, 4),
 }  # fmt: skip
 _STREAM: Choices = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import dataclass
 from functools import cache
@@ -13,11 +14,23 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from filelock import FileLock
 from onnx import TensorProto, helper
 
 from hsa_compile.export import functions, schema
-from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
+from hsa_compile.export.package import export_bundle
+from hsa_compile.ir import AnyProblem, ChunkAttention, ChunkSelect, Problem
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.model import HsaModel
 from hsa_compile.schedules import resolve
+from kit import lively
+
+# Every part of a model, small.
+CONFIG = ModelConfig(
+    vocab_size=50, d_model=32, mlp_dim=48, lower_layers=1, upper_layers=1, n_groups=1, swa_heads=4, swa_kv_heads=2,
+    swa_head_dim=8, window=7, chunk_size=4, hsa_heads=4, hsa_kv_heads=2, hsa_head_dim=8, retrieval_heads=1,
+    retrieval_dim=8, top_k=3, train_top_k=3, off_by_one=True, leave_window=True,
+)  # fmt: skip
 
 # By the operator library, or by the function bodies in the graph.
 FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "functions"])
@@ -126,27 +139,46 @@ def naive_kernel(p: Problem, directory: Path, abi: str = "HSA_KERNEL_ABI", stage
     return NaiveKernel(p, [built], symbol)
 
 
-_FLOAT, _INT32, _INT64 = int(TensorProto.FLOAT), int(TensorProto.INT32), int(TensorProto.INT64)
+def shared_bundle(factory: pytest.TempPathFactory) -> Path:
+    """A bundle of ``CONFIG`` with naive kernels, made once for all test processes, as exporting takes long."""
+    shared = factory.getbasetemp()
+    directory = (shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared) / "bundle"
+    directory.mkdir(exist_ok=True)
+    with FileLock(directory / "lock"):
+        if not (directory / "tiny").exists():
+            kernels = [naive_kernel(problem, directory) for problem in CONFIG.problems()]
+            export_bundle(lively(HsaModel(CONFIG)), directory / "tiny", kernels, external_data_above=0)
+    return directory / "tiny"
+
+
+_T, _FLOAT, _INT32, _INT64 = 0, int(TensorProto.FLOAT), int(TensorProto.INT32), int(TensorProto.INT64)
+_ELEMENTS = {"float32": _FLOAT, "float16": int(TensorProto.FLOAT16), "bfloat16": int(TensorProto.BFLOAT16)}
 _INPUTS = {
-    "ChunkSelect": [("q_r", _FLOAT, 4), ("landmark", _FLOAT, 4), ("position", _INT64, 1), ("chunks", _INT64, 1)],
-    "ChunkAttention": [
-        ("q", _FLOAT, 4),
-        ("k", _FLOAT, 4),
-        ("v", _FLOAT, 4),
-        ("indices", _INT32, 4),
-        ("weights", _FLOAT, 4),
+    "ChunkSelect": [("q_r", _T, 4), ("landmark", _T, 4), ("position", _INT64, 1), ("chunks", _INT64, 1)],
+    "ChunkAttention": [("q", _T, 4), ("k", _T, 4), ("v", _T, 4), ("indices", _INT32, 4), ("weights", _FLOAT, 4)],
+    "SlidingWindow": [
+        *((name, _T, 4) for name in ("q", "k", "v", "past_k", "past_v")),
+        ("position", _INT64, 1),
+        ("lengths", _INT64, 1),
     ],
 }
-_OUTPUTS = {"ChunkSelect": [("indices", _INT32, 4), ("scores", _FLOAT, 4)], "ChunkAttention": [("o", _FLOAT, 4)]}
+_OUTPUTS = {
+    "ChunkSelect": [("indices", _INT32, 4), ("scores", _FLOAT, 4)],
+    "ChunkAttention": [("o", _T, 4)],
+    "SlidingWindow": [("o", _T, 4), ("present_k", _T, 4), ("present_v", _T, 4)],
+}
 
 
-def operator_model(op: str, **attributes: Any) -> onnx.ModelProto:
+def operator_model(op: str, dtype: str = "float32", **attributes: Any) -> onnx.ModelProto:
     """A model of one operator with all dimensions dynamic, its function attached."""
     schema.register()
     node = helper.make_node(op, [n for n, *_ in _INPUTS[op]], [n for n, *_ in _OUTPUTS[op]], domain="hsa", **attributes)
 
     def values(names: list[tuple[str, int, int]]) -> list[onnx.ValueInfoProto]:
-        return [helper.make_tensor_value_info(n, kind, [f"{n}_{i}" for i in range(rank)]) for n, kind, rank in names]
+        return [
+            helper.make_tensor_value_info(n, kind or _ELEMENTS[dtype], [f"{n}_{i}" for i in range(rank)])
+            for n, kind, rank in names
+        ]
 
     graph = helper.make_graph([node], op, values(_INPUTS[op]), values(_OUTPUTS[op]))
     opsets = [helper.make_opsetid("", functions.STANDARD_OPSET), helper.make_opsetid(schema.DOMAIN, schema.OPSET)]
@@ -157,24 +189,32 @@ def operator_model(op: str, **attributes: Any) -> onnx.ModelProto:
 
 
 @cache
-def _operator_bytes(op: str, attributes: tuple[tuple[str, int], ...]) -> bytes:
-    return operator_model(op, **dict(attributes)).SerializeToString()
+def _operator_bytes(op: str, dtype: str, attributes: tuple[tuple[str, float], ...]) -> bytes:
+    return operator_model(op, dtype, **dict(attributes)).SerializeToString()
 
 
-def problem_session(problem: Problem, library: Path | None = None) -> ort.InferenceSession:
+def problem_session(problem: AnyProblem, library: Path | None = None) -> ort.InferenceSession:
     """An ONNX Runtime session of the problem's operator, by its kernels or (without a library) by its function."""
-    names: tuple[str, ...]
+    names: tuple[str, ...] = ()
     if isinstance(problem, ChunkSelect):
-        names, op = ("kv_heads", "chunk_size", "top_k", "window"), "ChunkSelect"
-    else:
+        names, op = ("chunk_size", "top_k", "window"), "ChunkSelect"
+    elif isinstance(problem, ChunkAttention):
         names, op = ("chunk_size", "off_by_one"), "ChunkAttention"
-    attributes = tuple((name, int(getattr(problem, name))) for name in names)
+    else:
+        op = "SlidingWindow"
+    attributes: tuple[tuple[str, float], ...] = tuple((name, int(getattr(problem, name))) for name in names)
+    if isinstance(problem, ChunkSelect):
+        attributes += (("kv_num_heads", problem.kv_heads),)
+    if isinstance(problem, ChunkAttention) and problem.logit_scale:
+        attributes += (("scale", problem.logit_scale),)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 2
     if library is not None:
         options.register_custom_ops_library(str(library))
-    return ort.InferenceSession(_operator_bytes(op, attributes), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        _operator_bytes(op, problem.dtype, attributes), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def select_inputs(problem: ChunkSelect, B: int, L: int, C: int, seed: int) -> dict[str, np.ndarray[Any, Any]]:

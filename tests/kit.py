@@ -39,6 +39,21 @@ def small_recipe(out: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**fields | changes)
 
 
+def bpe_tokenizer(path: Path, size: int, special: list[str] | None = None) -> Path:
+    """Byte-pair encoding of so many tokens, trained on the license, as a Hugging Face ``tokenizer.json``."""
+    tokenizers = pytest.importorskip("tokenizers")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size, initial_alphabet=alphabet, special_tokens=special or [], show_progress=False
+    )
+    bpe.train([str(LICENSE)], trainer)
+    bpe.save(str(path))
+    return path
+
+
 @contextmanager
 def interrupted(step: int, number: int = signal.SIGINT) -> Iterator[None]:
     """The signal comes while the batch of that step is drawn."""

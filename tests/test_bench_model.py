@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from hsa_compile import dispatch
 from hsa_compile.bench import inference, model, training
 from hsa_compile.bench.record import write_suite
+from hsa_compile.cli import app
 from hsa_compile.model.config import ConfigError, preset
 from hsa_compile.model.parallel import World
 from hsa_compile.model.prefill import prefill
@@ -82,6 +84,13 @@ def test_a_kind_of_prefill_ends_with_its_time(caplog: pytest.LogCaptureFixture) 
     assert "no time left for a full prefill" in caplog.text
 
 
+def test_what_a_longer_prefill_will_take() -> None:
+    """Selecting for all tokens grows with the square of their number, everything else with their number."""
+    found = {"ttft_ms": 1000.0, "selection_ms": 100.0}
+    assert inference._expected("short", 64, 16, found) == pytest.approx(4.0)
+    assert inference._expected("full", 64, 16, found) == pytest.approx(4 * 0.9 + 16 * 0.1)
+
+
 @pytest.mark.usefixtures("light")
 def test_operators_are_timed_within_the_block_alone() -> None:
     tiny = inference.inference_model(preset("tiny"), torch.device("cpu"))
@@ -118,6 +127,22 @@ def test_plans_that_cannot_be_measured_are_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device"):
             model.Plan()
+
+
+def test_a_picture_is_drawn_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "model.jsonl").write_bytes(Path("benchmarks/results/h100/model.jsonl").read_bytes())
+    assert CliRunner().invoke(app, ["bench", "plot", str(tmp_path / "model.jsonl")]).exit_code == 0
+    assert (tmp_path / "model.png").stat().st_size > 10_000
+    for text, message in (
+        ("", "of one suite"),
+        ('{"a": 1}\n', "of one suite"),
+        ("PK\n", "holds no measurements"),
+        ('{"suite": "parity"}\n', "has no picture"),
+    ):
+        (tmp_path / "bad.jsonl").write_text(text)
+        done = CliRunner().invoke(app, ["bench", "plot", str(tmp_path / "bad.jsonl")])
+        assert done.exit_code != 0
+        assert message in " ".join(done.output.split()), done.output
 
 
 def test_two_processes_train_together(tmp_path: Path) -> None:

@@ -87,12 +87,14 @@ def test_validate_notices_a_bundle_of_another_model(bundle: Path, tmp_path: Path
 
 
 @pytest.mark.needs_compiler
-def test_bench_models_saves_json_and_picture(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
-    call("bench", "models", checkpoint, bundle, "--longest", 1024, "--seconds", 4, "--output", tmp_path)
+def test_bench_e2e_saves_json_and_picture(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    call("bench", "e2e", bundle, "--checkpoint", checkpoint, "--longest", 1024, "--seconds", 4, "--output", tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "e2e.jsonl").read_text().splitlines()]
-    assert {row["runtime"] for row in rows} == {"eager", "compiled", "ort-cpu", "dense"}
+    assert {row["runtime"] for row in rows} == {"eager", "compiled", "ort-cpu", "ort-dense"}
+    assert {row["metric"] for row in rows} == {"prefill_tokens_per_s", "ttft_ms", "decode_ms", "peak_gib"}
     assert all(set(row) >= BENCH_KEYS and row["value"] > 0 for row in rows)
     assert (tmp_path / "e2e.png").read_bytes().startswith(b"\x89PNG")
+    assert "no checkpoint in" in call("bench", "e2e", bundle, "--checkpoint", tmp_path, code=1).output
 
 
 @pytest.mark.needs_compiler

@@ -30,6 +30,7 @@ def test_slots_are_those_of_the_official_headers(tmp_path: Path) -> None:
     headers = _headers()
     text = ABI.read_text()
     slots = re.findall(r"X\((\d+), (\w+),", text)
+    allocator = re.findall(r"\(\*(\w+)\)", text[text.index("struct Allocator {") : text.index("struct ApiBase")])
     struct = text[text.index("struct CustomOp {") : text.index("static_assert")]
     fields = re.findall(r"\(\*(\w+)\)", struct)
     assert len(slots) > 20
@@ -38,7 +39,11 @@ def test_slots_are_those_of_the_official_headers(tmp_path: Path) -> None:
     lines += [
         f'static_assert(offsetof(OrtCustomOp, {name}) == offsetof(ort::CustomOp, {name}), "{name}");' for name in fields
     ]
-    elements = {"kFloat": "FLOAT", "kInt32": "INT32", "kInt64": "INT64"}
+    lines += [
+        f'static_assert(offsetof(OrtAllocator, {name}) == offsetof(ort::Allocator, {name}), "{name}");'
+        for name in allocator
+    ]
+    elements = {"kFloat": "FLOAT", "kInt32": "INT32", "kInt64": "INT64", "kFloat16": "FLOAT16", "kBFloat16": "BFLOAT16"}
     lines += [
         f"static_assert(int(ort::{own}) == ONNX_TENSOR_ELEMENT_DATA_TYPE_{name});" for own, name in elements.items()
     ]
@@ -55,7 +60,7 @@ def test_slots_are_those_of_the_official_headers(tmp_path: Path) -> None:
 def test_shapes_are_inferred(tmp_path: Path) -> None:
     """Without its function in the model, the library alone tells what comes out."""
     problem = ChunkSelect(2, 1, 4, 4, 3)
-    model = operator_model("ChunkSelect", kv_heads=2, chunk_size=4, top_k=3)
+    model = operator_model("ChunkSelect", kv_num_heads=2, chunk_size=4, top_k=3)
     for name in ("indices", "scores"):
         output = next(o for o in model.graph.output if o.name == name)
         del output.type.tensor_type.shape.dim[:]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -14,8 +16,9 @@ import hsa_compile.ops  # noqa: F401  (registers torch.ops.hsa)
 from export_kit import FUSED, NaiveKernel, attention_inputs, naive_kernel, problem_session, select_inputs
 from hsa_compile.dispatch import use_backend
 from hsa_compile.export.library import LibraryError, build_library, kernel_table
-from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
+from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem, SlidingWindow, reference
 from hsa_compile.schedules import BuildError, build
+from hsa_compile.schedules.target import machine_features
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -169,8 +172,6 @@ def test_bad_inputs_are_refused(problem: Problem, changed: dict[str, Any], messa
 
 
 def test_other_dtypes_have_no_kernel(library: Path) -> None:
-    with pytest.raises(LibraryError, match="float32 only"):
-        kernel_table([naive_stand_in(ChunkSelect(1, 1, 8, 4, 2, dtype="float16"))])
     x = _with(ATTENTIONS[1], q=lambda q: q.astype(np.float16))
     with pytest.raises(Exception, match="float16"):
         problem_session(ATTENTIONS[1], library).run(None, x)
@@ -205,6 +206,123 @@ def test_missing_compiler_says_what_to_install(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_failed_link_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "kernel").mkdir()
+    (tmp_path / "out").mkdir()
+    kernel = naive_kernel(SELECTS[0], tmp_path / "kernel")
     with pytest.raises(LibraryError, match="undefined reference"):
-        build_library([naive_stand_in(SELECTS[0])], tmp_path / "lib.so")
-    assert list(tmp_path.iterdir()) == []
+        build_library([dataclasses.replace(kernel, symbol="another")], tmp_path / "out" / "lib.so")
+    with pytest.raises(LibraryError, match="no objects"):
+        build_library([naive_stand_in(SELECTS[0])], tmp_path / "out" / "lib.so")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+WINDOW = SlidingWindow(4, 2, 16, 8)
+
+
+def window_inputs(problem: SlidingWindow, L: int, position: list[int], lengths: list[int], dtype: Any) -> Arrays:
+    rng, B = np.random.default_rng(L), len(position)
+
+    def normal(length: int, heads: int) -> np.ndarray[Any, Any]:
+        return rng.standard_normal((B, length, heads, problem.head_dim), np.float32).astype(dtype)
+
+    W, Hkv = problem.window, problem.kv_heads
+    x = {"q": normal(L, problem.q_heads), "k": normal(L, Hkv), "v": normal(L, Hkv)}
+    x |= {"past_k": normal(W, Hkv), "past_v": normal(W, Hkv)}
+    return x | {"position": np.array(position), "lengths": np.array(lengths)}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library of two levels and two types."""
+    problems: list[Any] = [WINDOW, SELECTS[1], ATTENTIONS[1]]
+    problems += [dataclasses.replace(problem, dtype="float16") for problem in problems]
+    kernels = [build(problem) for problem in [*problems, dataclasses.replace(ATTENTIONS[1], logit_scale=0.5)]]
+    kernels += [build(WINDOW, target="cpu:x86-64-v2")]
+    return build_library(kernels, tmp_path_factory.mktemp("compiled") / "libhsa_ops.so")
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_windows_agree_with_the_reference(dtype: str, in_place: bool, compiled: Path) -> None:
+    session = problem_session(dataclasses.replace(WINDOW, dtype=dtype), compiled)
+    for L, position in itertools.product((0, 1, 7, 40), ([0, 5], [2**25 + 1, 2**33])):
+        x = window_inputs(WINDOW, L, position, [L, L // 2], dtype)
+        want = reference.sliding_window(WINDOW, *x.values())
+        binding = session.io_binding()
+        values = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in x.items()}
+        for name, value in values.items():
+            binding.bind_ortvalue_input(name, value)
+        outputs = {"o": ort.OrtValue.ortvalue_from_numpy(np.full_like(x["q"], np.nan))}
+        for name in ("k", "v"):
+            past = values[f"past_{name}"]
+            outputs[f"present_{name}"] = past if in_place else ort.OrtValue.ortvalue_from_numpy(past.numpy() * 0)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        session.run_with_iobinding(binding)
+        o, *present = (outputs[name].numpy() for name in ("o", "present_k", "present_v"))
+        for b, length in enumerate(x["lengths"]):
+            atol = TOLERANCE if dtype == "float32" else 2e-3
+            np.testing.assert_allclose(o[b, :length], want[0][b, :length], atol=atol, rtol=0)
+        for got, expected in zip(present, want[1:]):
+            np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.needs_compiler
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lengths": lambda x: x + 9}, "lengths must lie in 0 … 3, got"),
+        ({"position": lambda x: x * 0 - 1}, "SlidingWindow: position must not be negative"),
+        ({"past_v": lambda x: x[:, :5]}, "past_v must be past_k's shape"),
+        ({"past_k": lambda x: x[:, :, :1]}, r"past_k must be \[B, W, Hkv, D\]"),
+        ({"v": lambda x: x[:, :2]}, "v must be k's shape"),
+        ({"lengths": lambda x: x[:1]}, r"lengths must be \[B\] = \[2\], got \[1\]"),
+        (
+            {"past_k": lambda x: x[:, :5], "past_v": lambda x: x[:, :5]},
+            "no kernel for q_heads=4 kv_heads=2 head_dim=16 window=5 float32 .*this library has: .*window=8 float32",
+        ),
+    ],
+)
+def test_bad_windows_are_refused(changed: dict[str, Any], message: str, compiled: Path) -> None:
+    session, x = problem_session(WINDOW, compiled), window_inputs(WINDOW, 3, [0, 5], [3, 1], "float32")
+    with pytest.raises(Exception, match=message):
+        session.run(None, x | {name: change(x[name]) for name, change in changed.items()})
+    session.run(None, x)
+
+
+@pytest.mark.needs_compiler
+def test_half_precision_kernels_agree(compiled: Path) -> None:
+    select, attention = (dataclasses.replace(p, dtype="float16") for p in (SELECTS[1], ATTENTIONS[1]))
+    for seed, (B, L, C) in enumerate([*SHAPES, (2, 150, 40)]):
+        x = select_inputs(select, B, L, C, seed)
+        half = {name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in x.items()}
+        for got, expected in zip(problem_session(select, compiled).run(None, half), eager_select(select, x)):
+            np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=0)
+        x = attention_inputs(attention, B, L, C, seed)
+        half = {name: value.astype(np.float16) if name in "qkv" else value for name, value in x.items()}
+        x |= {name: half[name].astype(np.float32) for name in "qkv"}
+        (o,) = problem_session(attention, compiled).run(None, half)
+        np.testing.assert_allclose(o, eager_attention(attention, x), atol=3e-3, rtol=2e-3)
+
+
+@pytest.mark.needs_compiler
+def test_another_factor_of_the_logits_has_its_kernel(compiled: Path) -> None:
+    scaled = dataclasses.replace(ATTENTIONS[1], logit_scale=0.5)
+    x = attention_inputs(scaled, 2, 3, 4, 0)
+    for path in (compiled, None):
+        (o,) = problem_session(scaled, path).run(None, x)
+        np.testing.assert_allclose(o, reference.attention(scaled, *x.values()), atol=1e-5)
+    with pytest.raises(Exception, match=r"no kernel for .*scale=0.75"):
+        problem_session(dataclasses.replace(scaled, logit_scale=0.75), compiled).run(None, x)
+
+
+def test_kernels_of_other_cpus_are_not_run(tmp_path: Path) -> None:
+    kernel = dataclasses.replace(naive_kernel(SELECTS[1], tmp_path), target="cpu:x86-64-v4")
+    table = kernel_table([kernel, dataclasses.replace(kernel, target="cpu:x86-64-v2")])
+    assert table.index('"cpu:x86-64-v4", 0, 4, 0, 0') < table.index('"cpu:x86-64-v2", 0, 2, 0, 0')
+    library = build_library([kernel], tmp_path / "lib.so")
+    if "avx512f" in machine_features():
+        pytest.skip("this machine runs the highest level")
+    with pytest.raises(Exception, match="this CPU runs none of cpu:x86-64-v4"):
+        problem_session(SELECTS[1], library).run(None, _with(SELECTS[1]))

@@ -23,9 +23,8 @@ def masked(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, window: int) -> Tenso
 
 
 @pytest.mark.parametrize(("ring", "length"), [(0, 1), (0, 3), (4, 1), (2, 7), (4, 8), (0, 16), (4, 33)])
-def test_parts_of_a_segment_equal_blocks(monkeypatch: pytest.MonkeyPatch, ring: int, length: int) -> None:
+def test_a_segment_equals_blocks(monkeypatch: pytest.MonkeyPatch, ring: int, length: int) -> None:
     monkeypatch.setattr(flash, "attend_window", masked)
-    monkeypatch.setattr(flash, "PART", 8)
     g = torch.Generator().manual_seed(length)
     q = torch.randn(2, length, 4, 8, generator=g, requires_grad=True)
     k, v = (torch.randn(2, ring + length, 2, 8, generator=g, requires_grad=True) for _ in range(2))

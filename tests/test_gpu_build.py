@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.ir.programs import GpuProgram, Launch, Region
 from hsa_compile.native import CudaKernel
 from hsa_compile.schedules import BuildError, TargetError, build, builder, gpu_target
-from hsa_compile.schedules.cuda_glue import Lowered, TensorMap, launcher_source, table_source
+from hsa_compile.schedules.cuda_glue import Lowered, TensorMap, image_source, launcher_source, table_source
 
 PROBLEM = ChunkAttention(4, 1, 64, 64, 2, dtype="bfloat16")
 MAP = TensorMap("k_desc", "k", "9", ("64", "v_C"), ("2", "128"), ("64", "64"), ("1", "1"), ("0", "3", "2", "0"))
@@ -28,21 +29,33 @@ needs_gpu_compiler = pytest.mark.skipif(
 
 
 def test_a_launcher_passes_maps_pointers_and_dims_in_the_kernels_order() -> None:
-    source = launcher_source(LAUNCH, KERNEL)
+    source = launcher_source(LAUNCH, KERNEL, "walk_image")
     assert "void* arguments[] = {&k_desc, (void*)&pointers[1], &v_tiles};" in source
     assert "return (L + 7) / 8; }();" in source
     assert "hsa_tensor_map(&k_desc, 9, 2, pointers[0], scratch," in source
-    assert "cudaFuncAttributeMaxDynamicSharedMemorySize, 65536" in source
+    assert 'static hsa_embedded kernel = {&walk_image, "walk_kernel"};' in source
+    assert "arguments, 65536, stream);" in source
     assert "if (grid[0] * grid[1] * grid[2] == 0) return 0;" in source
-    small = dataclasses.replace(KERNEL, shared_bytes=32 * 1024)
-    assert "cudaFuncSetAttribute" not in launcher_source(LAUNCH, small)
 
 
 def test_a_launch_that_does_not_fit_its_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match=r"walk needs tiles, which the launch's dims do not give"):
-        launcher_source(dataclasses.replace(LAUNCH, dims={"C": "C"}), KERNEL)
+        launcher_source(dataclasses.replace(LAUNCH, dims={"C": "C"}), KERNEL, "walk_image")
     with pytest.raises(ValueError, match=r"takes \('k', 'o'\), but the launch gives \('k',\)"):
-        launcher_source(dataclasses.replace(LAUNCH, arguments=("k",)), KERNEL)
+        launcher_source(dataclasses.replace(LAUNCH, arguments=("k",)), KERNEL, "walk_image")
+
+
+def test_an_image_holds_a_files_bytes(tmp_path: Path) -> None:
+    (tmp_path / "walk.cubin").write_bytes(b"cubin\0of walk")
+    look = 'extern "C" const void* look() { return walk_image.code; }'
+    (tmp_path / "host.cc").write_text(
+        f"struct hsa_image {{ const void* code; }};\n{image_source('walk_image', 'walk.cubin')}\n{look}\n"
+    )
+    subprocess.run(["g++", "-shared", "-fPIC", "host.cc", "-o", "host.so"], cwd=tmp_path, check=True)
+    library = ctypes.CDLL(str(tmp_path / "host.so"))
+    library.look.restype = ctypes.c_void_p
+    assert ctypes.string_at(library.look(), 13) == b"cubin\0of walk"
+    assert library.look() % 64 == 0
 
 
 def test_the_table_lays_scratch_out_and_runs_launches_in_order() -> None:

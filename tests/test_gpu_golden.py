@@ -33,14 +33,14 @@ SCHEDULES = {
 }
 LOWER = """
 import hashlib, json, re, sys
-from hsa_compile.ir import problem_from_dict
+from hsa_compile.ir import any_problem_from_dict
 from hsa_compile.schedules.choice import default_tile
 from hsa_compile.schedules.cuda_lowering import lower
 from hsa_compile.schedules.cuda_worker import program_for
 from hsa_compile.schedules.target import resolve_any
 
 fields, pass_name, arch, length = json.loads(sys.argv[1])
-problem, target = problem_from_dict(fields), resolve_any("cuda:" + arch)
+problem, target = any_problem_from_dict(fields), resolve_any("cuda:" + arch)
 tile = default_tile(problem, pass_name, target, length)
 print(problem, tile, sep="\\n")
 for launch in program_for(problem, pass_name, tile).launches:

@@ -119,6 +119,7 @@ CHECKS = {
                 (ChunkAttention(8, 1, 64, 64, 4, **BF16), "forward", "sm_90a", None),
                 (ChunkAttention(16, 16, 64, 64, 16, **BF16), "backward", "sm_90a", None),
                 (ChunkAttention(4, 1, 64, 256, 2, **BF16), "backward", "sm_90a", None),
+                (ChunkAttention(4, 1, 256, 256, 2, **BF16), "backward", "sm_90a", None),
                 (SELECT, "backward", "sm_90a", None),
                 (SELECT, "forward", "sm_90a", None),
                 (SELECT, "forward", "sm_80", 1),

@@ -3,6 +3,7 @@ and what becomes of candidates that take the measuring process down."""
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -125,6 +126,7 @@ def test_what_a_form_does_not_read_is_not_searched() -> None:
         (PROBLEMS[1], "forward", GpuTile(tokens=32, stages=4), "KiB of shared memory"),
         (PROBLEM, "forward", GpuTile(tokens=4, stages=64), "KiB of shared memory"),
         (PROBLEM, "forward", GpuTile(tokens=4, stages=1), "at least 2 stages"),
+        (PROBLEM, "backward", GpuTile(tokens=4, stages=1), "at least 2 stages"),
         (ChunkAttention(1, 1, 64, 64, 2, dtype="float16"), "backward", GpuTile(tokens=65), "at most 64 tokens"),
         (PROBLEMS[5], "forward", GpuTile(tokens=100), "whole 64 tokens"),
         (PROBLEM, "forward", TritonTile(warps=32), "at most 16 warps"),
@@ -133,6 +135,13 @@ def test_what_a_form_does_not_read_is_not_searched() -> None:
 )
 def test_tiles_that_cannot_run_are_refused(problem: Problem, pass_name: str, tile: Any, complaint: str) -> None:
     assert re.search(complaint, refusal(problem, pass_name, tile, LEVEL) or "")
+
+
+def test_hand_picked_tiles_can_run_at_all_sizes() -> None:
+    for G, D, S in itertools.product((1, 2, 3, 5, 8, 12, 16, 64), range(16, 257, 48), range(16, 257, 48)):
+        problem = ChunkAttention(G, 1, D, S, 4, dtype="bfloat16")
+        for pass_name, length in (("forward", None), ("forward", 1), ("backward", None)):
+            assert refusal(problem, pass_name, default_tile(problem, pass_name, LEVEL, length), LEVEL) is None
 
 
 def test_wgmma_is_refused_where_there_is_none() -> None:
@@ -228,13 +237,16 @@ def test_searches_go_on_where_they_were_stopped(tmp_path: Path, monkeypatch: pyt
     assert {trial.backend for trial in outcome.trials} == {"", "triton"}
 
 
+REPLAYED = {*NAMES, *(f"{name}, unaided" for name in NAMES)}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_strategies_order_tiles_of_two_kinds(tmp_path: Path, name: str) -> None:
     lab = FakeGpuLaboratory()
     (search,) = searches(tmp_path, lab, strategy=name)
     run([search], lab, 10)
     rows = list(bench.replay(search, dict.fromkeys(search.scores, 1.0), 4, seeds=3))
-    assert {row["strategy"] for row in rows} == set(NAMES)
+    assert {row["strategy"] for row in rows} == REPLAYED
 
 
 def test_the_benchmark_of_tuning_compares_with_hand_picked_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +262,7 @@ def test_the_benchmark_of_tuning_compares_with_hand_picked_tiles(monkeypatch: py
     for row in tuned:
         assert row["best_ms"] <= row["default_ms"]
         assert {"tilelang_ms", "triton_ms", "tile", "tflops", "resources"} <= set(row)
-    assert {row["strategy"] for row in rows if "sample_best_ms" in row} == set(NAMES)
+    assert {row["strategy"] for row in rows if "sample_best_ms" in row} == REPLAYED
     assert [outcome.job for outcome in kept] == [JOB, other]
     assert json.loads(json.dumps(rows)) == rows
     assert "tilelang" in str([column._cells for column in bench.tuned_table(rows).columns])

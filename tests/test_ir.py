@@ -4,7 +4,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hsa_compile.ir import ChunkAttention, ChunkSelect, ProblemError, problem_from_dict, reference
+from hsa_compile.ir import (
+    ChunkAttention,
+    ChunkSelect,
+    ProblemError,
+    SlidingWindow,
+    any_problem_from_dict,
+    problem_from_dict,
+    reference,
+)
 from kit import attention_inputs, select_inputs
 
 ATTENTION = ChunkAttention(q_heads=4, kv_heads=2, head_dim=6, chunk_size=5, top_k=3)
@@ -116,3 +124,46 @@ def test_off_by_one_softmax_survives_extreme_logits() -> None:
     for logit in (-1e4, 1e4):
         p = reference.chunk_softmax(problem, np.array([[1.0]]), np.array([[logit], [logit]]))
         np.testing.assert_allclose(p, 0.0 if logit < 0 else 0.5)
+
+
+def test_sliding_windows_round_trip_but_are_not_tuned() -> None:
+    problem = SlidingWindow(6, 2, 20, 64, "float16")
+    assert any_problem_from_dict(problem.to_dict()) == problem
+    assert any_problem_from_dict(ATTENTION.to_dict()) == ATTENTION
+    with pytest.raises(ProblemError, match="unknown operator 'sliding_window'"):
+        problem_from_dict(problem.to_dict())
+    with pytest.raises(ProblemError, match="multiple of kv_heads"):
+        SlidingWindow(5, 2, 20, 64)
+
+
+def test_a_factor_of_the_logits_names_another_problem() -> None:
+    scaled = dataclasses.replace(ATTENTION, logit_scale=0.25)
+    assert scaled.scale == 0.25
+    assert any_problem_from_dict(scaled.to_dict()) == scaled
+    assert "logit_scale" not in ATTENTION.to_dict()
+    with pytest.raises(ProblemError, match="logit_scale must be positive"):
+        dataclasses.replace(ATTENTION, logit_scale=0.0)
+
+
+def test_a_window_in_segments_equals_one_masked_attention() -> None:
+    """Any split of a text into segments gives what a mask over all of its keys does."""
+    problem, rng, L = SlidingWindow(4, 2, 3, 5), np.random.default_rng(0), 23
+    q, k, v = (rng.standard_normal((1, L, h, 3)) for h in (4, 2, 2))
+    i = np.arange(L)
+    hidden = (i[:, None] < i) | (i[:, None] - i >= 5)
+    s = np.einsum("ihd,jhd->hij", q[0], k[0].repeat(2, 1)) * problem.scale
+    p = np.exp(np.where(hidden, -np.inf, s))
+    want = np.einsum("hij,jhd->ihd", p / p.sum(-1, keepdims=True), v[0].repeat(2, 1))
+    ring_k, ring_v = np.full((2, 1, 5, 2, 3), np.nan)
+    start, got = 0, []
+    for length in (1, 4, 0, 11, 1, 6):
+        # Tokens past the row's length count for nothing.
+        x = (
+            np.pad(t[:, start : start + length], ((0, 0), (0, 2), (0, 0), (0, 0)), constant_values=9) for t in (q, k, v)
+        )
+        counts = np.array([start]), np.array([length])
+        o, ring_k, ring_v = reference.sliding_window(problem, *x, ring_k, ring_v, *counts)
+        got.append(o[0, :length])
+        start += length
+    np.testing.assert_allclose(np.concatenate(got), want, atol=1e-12)
+    np.testing.assert_array_equal(ring_k[0, [j % 5 for j in range(L - 5, L)]], k[0, -5:])

@@ -1,5 +1,6 @@
 """The package as it is installed: a wheel in an empty environment, every part importable, light without its extras."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,23 @@ from pathlib import Path
 import pytest
 
 import hsa_compile
+from export_kit import shared_bundle
+from hsa_compile.export import Session
 
 ROOT = Path(__file__).parent.parent
-PARTS = ["hsa_compile", *(f"hsa_compile.{name}" for name in ("ir", "schedules", "model", "export", "bench"))]
-MODULES = ["model.train", "export.session", "schedules.builder", "ops", "cli", "demo", "validate", "doctor", "kernels"]
+PARTS = ["hsa_compile", *(f"hsa_compile.{name}" for name in ("ir", "schedules", "model", "export", "bench", "serve"))]
+MODULES = [
+    "model.train",
+    "export.session",
+    "schedules.builder",
+    "ops",
+    "cli",
+    "demo",
+    "validate",
+    "doctor",
+    "kernels",
+    "serve.server",
+]
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +108,27 @@ def test_the_command_starts_without_torch_or_a_compiler(python: Path, tmp_path: 
     done = subprocess.run([str(python), "-c", code, "train"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "pip install 'hsa-compile[train]'" in done.stderr
+
+
+def test_a_bundle_runs_with_numpy_and_onnxruntime_alone(
+    wheel: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """In an environment that holds the wheel, these two, and nothing else."""
+    venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
+    site = next((tmp_path / "venv" / "lib").glob("python3*/site-packages"))
+    zipfile.ZipFile(wheel).extractall(site)
+    for name in ("numpy", "onnxruntime"):
+        found = importlib.util.find_spec(name)
+        assert found is not None
+        assert found.origin is not None
+        for part in Path(found.origin).parent.parent.glob(f"{name}*"):  # with the libraries beside them
+            (site / part.name).symlink_to(part)
+    bundle = shared_bundle(tmp_path_factory)
+    code = (
+        "import sys; from hsa_compile.export import Session; session = Session(sys.argv[1], fused=sys.argv[2] == '1')"
+    )
+    code += "; print(list(session.generate([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], 8)))"
+    for fused in (True, False):
+        command = [str(tmp_path / "venv" / "bin" / "python"), "-I", "-c", code, str(bundle), str(int(fused))]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.stdout == f"{list(Session(bundle).generate(range(1, 11), 8))}\n", done.stderr

@@ -19,7 +19,7 @@ from hsa_compile.model.data import DataError, stack, text_sample
 from hsa_compile.model.shards import Tokens, open_shards, write_shards
 from hsa_compile.model.stream import Batches, load_corpus
 from hsa_compile.model.train import train
-from kit import LICENSE, small_recipe
+from kit import LICENSE, bpe_tokenizer, small_recipe
 
 pytestmark = pytest.mark.usefixtures("light", "no_plots")
 IDS = np.random.default_rng(0).integers(0, 260, 5000)
@@ -117,13 +117,7 @@ def test_pairs_need_bytes(shards: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def tokenizer(tmp_path: Path) -> Path:
-    tokenizers = pytest.importorskip("tokenizers")
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    bpe.train([str(LICENSE)], tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
-    bpe.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path / "tokenizer.json"
+    return bpe_tokenizer(tmp_path / "tokenizer.json", 400)
 
 
 def test_training_with_a_tokenizer(tokenizer: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hsa_compile.model.metrics import forward_flops, matmul_rate, watch_selectio
 from hsa_compile.model.model import HsaModel, sequence_loss
 from hsa_compile.model.optimizer import learning_rate
 from hsa_compile.model.recipe import TrainConfig, read_recipe
+from hsa_compile.model.resume import states
 from hsa_compile.model.train import TrainingError, train
 from kit import SMALL, lively, small_recipe
 
@@ -169,8 +170,21 @@ def test_training_in_bfloat16(recipe: TrainConfig) -> None:
 
 
 def test_a_loss_that_is_no_number_stops(recipe: TrainConfig) -> None:
-    with pytest.raises(TrainingError, match=r"the loss of step \d+ is nan: lower lr"):
+    with pytest.raises(TrainingError, match=r"step \d+ has the loss nan and a gradient of norm nan: lower lr"):
         train(dataclasses.replace(recipe, lr=1e38, warmup=1))
+
+
+def test_a_gradient_that_is_no_number_is_not_saved(recipe: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss shows it a step later, when a state of it might have replaced the last good one."""
+    real, calls = torch.nn.utils.clip_grad_norm_, iter(range(100))
+
+    def poison(parameters: Any, clip: float) -> torch.Tensor:
+        return real(parameters, clip) * (torch.nan if next(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poison)
+    with pytest.raises(TrainingError, match=r"step 4 has .* norm nan: .*; the state of step-00000002 is from before"):
+        train(dataclasses.replace(recipe, steps=6, save_every=2, keep=1))
+    assert [path.name for path in states(Path(recipe.out))] == ["step-00000002"]
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,8 @@
 
 import importlib.util
 import logging
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,54 +13,12 @@ import hsa_compile
 from hsa_compile import dispatch, ops
 from hsa_compile.ir import ChunkAttention, ChunkSelect
 from kit import attention_inputs, select_inputs
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-not_interpreted = pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="TRITON_INTERPRET is set")
-HERE = Path(__file__).parent
+from triton_kit import SHARED_MEMORY, Launches, needs_triton, not_interpreted, passes_in_the_interpreter
 
 
 @needs_triton
 def test_numbers_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreter.py")],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-
-
-class Launches:
-    """Stands in for every launch and compiles what would have been launched."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
-        from triton.runtime.jit import JITFunction
-
-        self.capability, self.compiled = capability, {}  # type: tuple[int, dict[str, Any]]
-        monkeypatch.setattr(JITFunction, "run", lambda kernel, *a, grid, warmup, **k: self.compile(kernel, a, k))
-
-    def compile(self, kernel: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        options = {name: named.pop(name) for name in ("num_warps", "num_stages") if name in named}
-        given = dict(zip(kernel.arg_names, arguments)) | named
-        assert set(given) == set(kernel.arg_names)
-        types, constants, aligned = {}, {}, {}
-        for place, parameter in enumerate(kernel.params):
-            value = given[parameter.name]
-            if parameter.is_constexpr:
-                types[parameter.name], constants[(place,)] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                name = str(value.dtype)[6:].replace("bfloat", "bf").replace("float", "fp").replace("int", "i")
-                types[parameter.name], aligned[(place,)] = f"*{name}", [["tt.divisibility", 16]]
-            else:
-                types[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
-        target = GPUTarget("cuda", self.capability, 32)
-        name = f"{kernel.__module__.rsplit('.')[-1]}.{kernel.__name__}"
-        self.compiled[name] = triton.compile(source, target=target, options=options)
+    passes_in_the_interpreter("triton_interpreter.py")
 
 
 def _attention(dtype: torch.dtype) -> None:
@@ -84,9 +39,6 @@ def _select(dtype: torch.dtype) -> None:
         q_r, landmark = q_r.to(dtype), landmark.to(dtype)
         indices, scores = triton_kernels.select(q_r, landmark, position, chunks, 1, 64, 8, 0)
     triton_kernels.select_backward(scores, q_r, landmark, torch.zeros_like(indices))
-
-
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10}
 
 
 @needs_triton

@@ -20,13 +20,21 @@ struct Value;
 struct TypeShape;
 struct InferContext;
 struct Attribute;
+struct MemoryInfo;
+
+struct Allocator {
+  uint32_t version;
+  void* (*Alloc)(Allocator*, size_t);
+  void (*Free)(Allocator*, void*);
+  const MemoryInfo* (*Info)(const Allocator*);
+};
 
 struct ApiBase {
   const void* const* (*GetApi)(uint32_t version);
   const char* (*GetVersionString)();
 };
 
-enum Element : int { kFloat = 1, kInt32 = 6, kInt64 = 7 };
+enum Element : int { kFloat = 1, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
 enum Code : int { kFail = 1, kInvalidArgument = 2, kNotImplemented = 9 };
 enum AttributeType : int { kAttributeInt = 1 };
 
@@ -74,11 +82,16 @@ static_assert(sizeof(CustomOp) == 26 * sizeof(void*), "layout of OrtCustomOp");
   X(62, GetDimensions, Status*, (const TypeShape*, int64_t*, size_t))                                 \
   X(63, GetSymbolicDimensions, Status*, (const TypeShape*, const char**, size_t))                     \
   X(65, GetTensorTypeAndShape, Status*, (const Value*, TypeShape**))                                  \
+  X(85, KernelInfoGetAttribute_float, Status*, (const KernelInfo*, const char*, float*))              \
   X(86, KernelInfoGetAttribute_int64, Status*, (const KernelInfo*, const char*, int64_t*))            \
   X(90, KernelContext_GetInput, Status*, (const KernelContext*, size_t, const Value**))               \
   X(91, KernelContext_GetOutput, Status*, (KernelContext*, size_t, const int64_t*, size_t, Value**))  \
   X(93, ReleaseStatus, void, (Status*))                                                               \
   X(99, ReleaseTensorTypeAndShapeInfo, void, (TypeShape*))                                            \
+  X(132, ReleaseAllocator, void, (Allocator*))                                                        \
+  X(193, KernelContext_GetGPUComputeStream, Status*, (const KernelContext*, void**))                  \
+  X(194, GetTensorMemoryInfo, Status*, (const Value*, const MemoryInfo**))                            \
+  X(253, KernelContext_GetAllocator, Status*, (const KernelContext*, const MemoryInfo*, Allocator**)) \
   X(268, ShapeInferContext_GetInputTypeShape, Status*, (const InferContext*, size_t, TypeShape**))    \
   X(269, ShapeInferContext_GetAttribute, Status*, (const InferContext*, const char*, const Attribute**)) \
   X(270, ShapeInferContext_SetOutputTypeShape, Status*, (const InferContext*, size_t, const TypeShape*)) \

@@ -1,1 +1,1 @@
-"""Measurements of operators (``kernels``) and whole models (``models``), in the one committed format (``record``)."""
+"""Measurements of operators (``kernels``) and bundles (``e2e``), in the one committed format (``record``)."""

@@ -80,28 +80,36 @@ def operator_clock(device: torch.device) -> Iterator[OperatorClock]:
 def prefill_rows(
     model: HsaModel, lengths: Sequence[int], seconds: float, segment: int = SEGMENT
 ) -> Iterator[dict[str, Any]]:
-    """Whole and short prefill by length, ascending; a kind ends where its time (half of all) or the memory does."""
+    """Short and whole prefill by length, ascending; a kind ends where the memory does, or its time: the first's is half
+    of all."""
     device = model.embedding.weight.device
-    for kind, run in _KINDS.items():
-        left, last = seconds / len(_KINDS), (0, 0.0)
+    ends = time.perf_counter() + seconds
+    for others, (kind, run) in zip(reversed(range(len(_KINDS))), _KINDS.items()):
+        kind_ends = ends - (ends - time.perf_counter()) * others / len(_KINDS)
+        last: tuple[int, dict[str, float]] | None = None
         for L in sorted(lengths):
-            growth = (L / last[0]) ** (2 if kind == "full" else 1) if last[0] else 0.0
-            if last[1] * growth > left:
+            if last is not None and _expected(kind, L, *last) > kind_ends - time.perf_counter():
                 log.warning("no time left for a %s prefill of %d tokens", kind, L)
                 break
-            began = time.perf_counter()
             try:
                 found = _prefill(model, L, run, min(segment, L), device)
             except torch.OutOfMemoryError:
                 log.warning("a context of %d tokens does not fit into the GPU's memory", L)
                 break
-            left, last = left - (time.perf_counter() - began), (L, found["ttft_ms"] / 1e3)
+            last = L, found
             keys = {"variant": model.config.architecture, "L": L, "batch": 1, "devices": 1, "prefill": kind}
             times = {name: round(found[name], 3) for name in ("selection_ms", "attention_ms")}
             yield {**keys, "metric": "prefill_tokens_per_s", "value": round(L / found["ttft_ms"] * 1e3, 1), **times}
             yield {**keys, "metric": "ttft_ms", "value": round(found["ttft_ms"], 3), **times}
             if "peak_gib" in found:
                 yield {**keys, "metric": "peak_gib", "value": round(found["peak_gib"], 3)}
+
+
+def _expected(kind: str, L: int, before: int, found: dict[str, float]) -> float:
+    """Seconds of a prefill of L tokens by what one of ``before`` tokens took: linear, but for the selection of all."""
+    growth, selection = L / before, found["selection_ms"] / 1e3
+    rest = found["ttft_ms"] / 1e3 - selection
+    return rest * growth + selection * growth ** (2 if kind == "full" else 1)
 
 
 def _prefill(model: HsaModel, L: int, run: Callable[..., Any], segment: int, device: torch.device) -> dict[str, float]:

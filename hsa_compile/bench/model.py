@@ -136,7 +136,33 @@ def _lines(rows: Sequence[dict[str, Any]], metric: str, key: str) -> dict[str, l
     for row in rows:
         if row["metric"] == metric:
             lines.setdefault(row[key], []).append((row["L"], row["value"]))
-    return lines
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def _tokens(count: float, _: object = None) -> str:
+    """``32K``, ``1M``: a number of tokens, as axes name it."""
+    for size, unit in ((1 << 20, "M"), (1 << 10, "K")):
+        if count >= size:
+            return f"{count / size:g}{unit}"
+    return f"{count:g}"
+
+
+def _bars(axis: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
+    """A group of bars a length, with their values."""
+    lengths = sorted({L for points in lines.values() for L, _ in points})
+    width = 0.8 / max(1, len(lines))
+    for i, (name, points) in enumerate(lines.items()):
+        places = [lengths.index(L) + (i - (len(lines) - 1) / 2) * width for L, _ in points]
+        bars = axis.bar(places, [rate / 1000 for _, rate in points], width, label=name)
+        axis.bar_label(bars, fmt="%.3g", fontsize="small")
+    axis.set_xticks(range(len(lengths)), [_tokens(L) for L in lengths])
+
+
+def _curves(axis: Any, lines: dict[str, list[tuple[int, float]]], scale: float) -> None:
+    for name, points in lines.items():
+        axis.plot([L for L, _ in points], [value / scale for _, value in points], marker="o", label=name)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(_tokens)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
@@ -144,18 +170,20 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
-    panels = (
-        ("train_tokens_per_s", "variant", "training, tokens/s"),
-        ("prefill_tokens_per_s", "prefill", "prefill, tokens/s"),
-        ("decode_ms", "memory", "decode, ms a token, by place of the memory"),
-    )
-    for axis, (metric, key, title) in zip(figure.subplots(1, 3), panels):
-        for name, points in _lines(rows, metric, key).items():
-            axis.plot(*zip(*sorted(points)), marker="o", label=name)
-        axis.set(title=title, xlabel="tokens", xscale="log", ylim=(0, None))
-        axis.grid(alpha=0.3, which="both")
-        if axis.lines:
-            axis.legend()
+    train, prefill, decode = figure.subplots(1, 3)
+    _bars(train, _lines(rows, "train_tokens_per_s", "variant"))
+    _curves(prefill, _lines(rows, "prefill_tokens_per_s", "prefill"), 1000)
+    _curves(decode, _lines(rows, "decode_ms", "memory"), 1)
+    train.set(title="training, thousand tokens/s", xlabel="tokens a sample")
+    prefill.set(title="prefill, thousand tokens/s", xlabel="tokens of context")
+    decode.set(title="decode, ms a token, by place of the memory", xlabel="tokens of context")
+    for axis in (train, prefill, decode):
+        axis.set_ylim(0, 1.2 * axis.get_ylim()[1])  # room for a legend
+        axis.grid(alpha=0.3, axis="y")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="upper right", ncols=3)
+    if rows:
+        figure.suptitle(f"{rows[0]['preset']} on {rows[0]['device']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return path

@@ -25,6 +25,10 @@ RESULTS = Path("benchmarks/results")
 _PACKAGES = ("hsa-compile", "torch", "numpy", "onnxruntime", "apache-tvm", "tilelang", "triton", "fla-core")
 
 
+class MeasurementError(ValueError):
+    """A file does not hold the measurements of one suite."""
+
+
 @dataclass(frozen=True)
 class Timing:
     """Milliseconds of repeated runs."""
@@ -75,6 +79,9 @@ def device_folder(device: str = "cpu") -> str:
 
 
 def _commit() -> str:
+    """Of the repository around the current directory; ``$HSA_COMPILE_COMMIT`` says it where the package is a copy."""
+    if given := os.environ.get("HSA_COMPILE_COMMIT"):
+        return given
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
@@ -106,6 +113,22 @@ def write_suite(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     os.replace(temporary, path)
     return path
+
+
+def read_suite(path: Path) -> list[dict[str, Any]]:
+    """The measurements of one suite's file.
+
+    Raises:
+        MeasurementError: the file holds something else; the message says what.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MeasurementError(f"{path} holds no measurements: {error}") from error
+    suites = {row.get("suite") if isinstance(row, dict) else None for row in rows}
+    if len(suites) != 1 or None in suites:
+        raise MeasurementError(f"{path} must hold the measurements of one suite, a JSON object a line")
+    return rows
 
 
 def matmul_tflops(size: int = 1024) -> float:

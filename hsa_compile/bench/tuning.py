@@ -8,6 +8,7 @@ that table, with many seeds. So all see the same timings, and noise can't favour
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,7 +26,8 @@ from hsa_compile.schedules.together import search_together
 from hsa_compile.schedules.tuner import BATCH, Outcome, Search, journal_for
 
 SEEDS = 50
-COUNTS = (1, 2, 4, 8, 16, 32, 64)
+COLORS = {"learned": "C0", "model": "C1", "random": "C2"}
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 def default_jobs() -> list[Job]:
@@ -116,7 +118,7 @@ def run_gpu(
             if job in sampled:
                 costs = {t: trial.seconds for trial in search.trials if (t := search.tile_of(trial)) is not None}
                 shared |= {"sampled": len(search.scores)}
-                rows += [{**shared, **row} for row in replay(search, costs, BATCH)]
+                rows += [{**shared, **row} for row in replay(search, costs, lab.workers)]
             keep(rows, outcome)
     return rows
 
@@ -139,10 +141,11 @@ def _tuned(outcome: Outcome) -> dict[str, Any]:
 
 
 def replay(search: Search, seconds: dict[Tile, float], batch: int, seeds: int = SEEDS) -> Iterator[dict[str, Any]]:
-    """Lines of the suite: for each strategy and number of candidates the median over seeds of the best time found."""
+    """Lines of the suite: for each strategy and number of candidates the median over seeds of the best time found; and
+    what it would be without the hand-picked tiles (``unaided``)."""
     scores, base = search.scores, search.space.base
-    for name in NAMES:
-        orders = [_order(name, search, batch, seed) for seed in range(seeds)]
+    for name, unaided in itertools.product(NAMES, (False, True)):
+        orders = [_order(name, search, batch, seed, unaided) for seed in range(seeds)]
         for count in COUNTS:
             # A strategy that has run out has found what it will find.
             cut = [order[:count] for order in orders]
@@ -150,18 +153,20 @@ def replay(search: Search, seconds: dict[Tile, float], batch: int, seeds: int = 
                 break
             best = [min(scores[tile] for tile in order) for order in cut]
             yield {
-                "strategy": name, "candidates": count, "best_ms": statistics.median(best), "best_ms_min": min(best),
+                "strategy": f"{name}, unaided" if unaided else name, "candidates": count,
+                "best_ms": statistics.median(best), "best_ms_min": min(best),
                 "best_ms_max": max(best), "default_ms": scores[base], "sample_best_ms": min(scores.values()),
                 "seconds": round(statistics.median(sum(seconds[tile] for tile in order) for order in cut), 1),
             }  # fmt: skip
 
 
-def _order(name: str, search: Search, batch: int, seed: int) -> list[Tile]:
-    """The order in which a strategy would have tried the sample, the hand-picked tile first."""
+def _order(name: str, search: Search, batch: int, seed: int, unaided: bool = False) -> list[Tile]:
+    """The order in which a strategy would have tried the sample: the hand-picked tile first, or not at all."""
+    first = search.space.first if unaided else []
+    strategy = Strategy(name, [tile for tile in search.scores if tile not in first], search.estimate, seed)
     base = search.space.base
-    strategy = Strategy(name, list(search.scores), search.estimate, seed)
-    seen = {base: search.scores[base]}
-    while proposed := strategy.propose(batch, seen):
+    seen = {} if unaided else {base: search.scores[base]}
+    while len(seen) < COUNTS[-1] and (proposed := strategy.propose(batch, seen)):
         seen |= {tile: search.scores[tile] for tile in proposed}
     return list(seen)
 
@@ -219,7 +224,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> Path:
         for (problem, pass_name, strategy), group in groups.items():
             if (problem, pass_name) == panel:
                 line = [(row["candidates"], row["best_ms"] / row["sample_best_ms"]) for row in group]
-                axis.plot(*zip(*line), marker="o", label=strategy)
+                name, _, unaided = strategy.partition(", ")
+                axis.plot(*zip(*line), COLORS[name], marker="o", label=strategy, linestyle="--" if unaided else "-")
         axis.set(title=", ".join(panel), xlabel="candidates tried", ylabel="best time / sample's best", xscale="log")
         axis.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from hsa_compile.cli.benchmarks import bench_app
-from hsa_compile.cli.deployment import build, export, run, validate
+from hsa_compile.cli.deployment import build, export, run, serve, validate
 from hsa_compile.cli.evaluation import compare, evaluate, harness
 from hsa_compile.cli.inspection import diagnose
 from hsa_compile.cli.overview import demo, doctor
@@ -20,13 +20,15 @@ from hsa_compile.cli.tuning import explain, records_app, tune
 app = typer.Typer(
     help="Train, compile and deploy language models with hierarchical sparse attention.\n\n"
     "The way through: [bold]train[/] a model, [bold]build[/] its kernels, [bold]export[/] it as a bundle, "
-    "[bold]run[/] that in ONNX Runtime, [bold]validate[/] that all agree, [bold]bench[/] how fast it is. "
-    "[bold]demo[/] goes all of it; [bold]doctor[/] says what is missing.",
+    "[bold]run[/] or [bold]serve[/] that in ONNX Runtime, [bold]validate[/] that all agree, [bold]bench[/] how fast it "
+    "is. [bold]demo[/] goes all of it; [bold]doctor[/] says what is missing.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,
 )
-for command in (train, tokenize, build, export, run, validate, diagnose, publish, tune, explain, doctor, demo):
+for command in (
+    train, tokenize, build, export, run, serve, validate, diagnose, publish, tune, explain, doctor, demo,
+):  # fmt: skip
     app.command()(command)
 app.command("eval")(evaluate)
 app.command()(compare)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hsa_compile.cli.common import Bundle, Checkpoint, Output, Seed, console, fail, friendly, spinner
+from hsa_compile.cli.common import Bundle, Output, Seed, console, fail, friendly, spinner
 
 if TYPE_CHECKING:
     from hsa_compile.bench.kernels import Shape
@@ -23,24 +23,37 @@ def _save(module: Any, rows: list[dict[str, Any]], output: Path, suite: str) -> 
     console.print(f"{written}, {module.plot(rows, output / f'{suite}.png')}")
 
 
-@bench_app.command("models")
-def bench_models(
-    checkpoint: Checkpoint,
+@bench_app.command("e2e")
+def bench_e2e(
     bundle: Bundle,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="The same model for PyTorch. Default: new weights of the bundle's sizes.")
+    ] = None,
     output: Output = Path("runs/bench"),
-    longest: Annotated[int, typer.Option(min=1024, help="Longest context.")] = 32768,
-    seconds: Annotated[float, typer.Option(help="Time for all.")] = 60.0,
+    longest: Annotated[int, typer.Option(min=1024, help="Longest context, in tokens.")] = 32768,
+    seconds: Annotated[float, typer.Option(help="For all; what does not fit is left out.")] = 120.0,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of ONNX Runtime and PyTorch.")] = "cpu",
     seed: Seed = 0,
 ) -> None:
-    """Prefill and decode by length: eager, compiled, ONNX Runtime, and a dense model of the same size."""
-    with friendly():
-        from hsa_compile.bench import models
-        from hsa_compile.model.checkpoint import load_checkpoint
+    """A bundle by length: prefill tokens/s, time to first token, decode ms a token, and memory, from 4 K tokens on.
 
-        lengths = [1024 << i for i in range((longest // 1024).bit_length())]
+    In ONNX Runtime, beside PyTorch with plain operators (eager) and with compiled ones, and beside a dense model of the
+    same width, depth and heads in ONNX Runtime. Each runs in a process of its own and goes on to twice the length while
+    its share of the time and the memory suffice.
+
+    \b
+    hsa-compile bench e2e runs/bundle --checkpoint runs/mine --longest 1048576 --seconds 600
+    """
+    with friendly():
+        from hsa_compile.bench import e2e
+
+        start = min(4096, longest)
+        lengths = [start << i for i in range((longest // start).bit_length())]
         with spinner("measuring") as say:
-            rows = models.run(load_checkpoint(checkpoint).eval(), bundle, lengths, seconds, seed, say)
-        _save(models, rows, output, "e2e")
+            rows = e2e.run(bundle, checkpoint, lengths, seconds, device, seed, say)
+        if not rows:
+            fail("nothing could be measured; the warnings above say why")
+        _save(e2e, rows, output, "e2e")
 
 
 @bench_app.command("model")
@@ -53,6 +66,7 @@ def bench_model(
     prefill_lengths: Annotated[list[int] | None, typer.Option("--prefill-length", help="Tokens of context.")] = None,
     decode_lengths: Annotated[list[int] | None, typer.Option("--decode-length", help="Tokens of context.")] = None,
     train_tokens: Annotated[int | None, typer.Option(help="Tokens a step and process.")] = None,
+    segment: Annotated[int | None, typer.Option(help="Tokens a prefill step.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="For all; what does not fit is left out.")] = 600.0,
     seed: Seed = 0,
 ) -> None:
@@ -72,8 +86,7 @@ def bench_model(
             "decode_lengths": decode_lengths,
         }  # fmt: skip
         given = {name: tuple(value) for name, value in given.items() if value} | {"seconds": seconds, "seed": seed}
-        if train_tokens is not None:
-            given["train_tokens"] = train_tokens
+        given |= {name: n for name, n in (("train_tokens", train_tokens), ("segment", segment)) if n is not None}
         plan = model.Plan(preset, device, **given)
         with spinner("measuring") as say:
             rows, main = model.run(plan, say, partial(write_suite, output / "model.jsonl"))
@@ -122,6 +135,24 @@ def bench_kernels(
                 shapes, seed, say, partial(write_suite, output / "kernels.jsonl")
             )
         _save(kernels, rows, output, "kernels")
+
+
+@bench_app.command("plot")
+def bench_plot(
+    measurements: Annotated[
+        Path, typer.Argument(help="A file that a bench command wrote.", exists=True, dir_okay=False)
+    ],
+) -> None:
+    """Draw a suite's picture from its measurements, beside them."""
+    with friendly():
+        from hsa_compile.bench import e2e, kernels, model, tuning
+        from hsa_compile.bench.record import read_suite
+
+        suites: dict[str, Any] = {"kernels": kernels, "model": model, "e2e": e2e, "tuning": tuning}
+        rows = read_suite(measurements)
+        if (suite := rows[0]["suite"]) not in suites:
+            fail(f"suite {suite!r} has no picture; those that have: {', '.join(suites)}")
+        console.print(f"{suites[suite].plot(rows, measurements.with_suffix('.png'))}")
 
 
 def _captured(directory: Path, text: Path | None, length: int, gpu: bool, seed: int) -> list[Shape]:

@@ -25,12 +25,14 @@ Seed = Annotated[int, typer.Option(help="Makes the run repeatable.")]
 # What users can cause and mend: told in a line, without a traceback. Looked up by name, so that the modules that
 # define them are not imported to say --help.
 _USER_ERRORS = {
-    "BuildError", "BundleError", "CheckpointError", "ConfigError", "DataError", "EvaluationError", "JournalError",
-    "LibraryError", "ProblemError", "RecordError", "ScheduleError", "TargetError", "TrainingError",
+    "BuildError", "BundleError", "CapacityError", "CheckpointError", "ConfigError", "DataError", "DeviceError",
+    "EvaluationError", "GenerationError", "JournalError", "LibraryError", "MeasurementError", "ProblemError",
+    "RecordError", "ScheduleError", "StepError", "TargetError", "TokenizerError", "TrainingError",
 }  # fmt: skip
 _EXTRAS = {
     "torch": "train", "safetensors": "train", "matplotlib": "train", "tokenizers": "tokenizers", "onnx": "export",
-    "onnxscript": "export", "pydantic": "compile", "lm_eval": "harness", "nltk": "harness",
+    "onnxscript": "export", "pydantic": "compile", "starlette": "serve", "uvicorn": "serve",
+    "prometheus_client": "serve", "lm_eval": "harness", "nltk": "harness",
 }  # fmt: skip
 
 

@@ -8,6 +8,10 @@
  *                    backward   grad_o q k v indices weights | d_q d_k d_v d_weights
  *   chunk_select     forward    q_r landmark position chunks | indices scores
  *                    backward   grad_scores q_r landmark indices | d_q_r d_landmark
+ *   sliding_window   forward    q k v past_k past_v position lengths | o present_k present_v
+ *
+ * Of a sliding window C is how many slots of a row's ring are written, from its newest key backwards: W, or min(L, W)
+ * where present is past.
  */
 #ifndef HSA_KERNEL_H
 #define HSA_KERNEL_H

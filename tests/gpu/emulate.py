@@ -17,22 +17,24 @@ EMULATOR = Path(__file__).parent / "emulator"
 HOST = Path(builder.__file__).parent / "host"
 
 
-def _adapted(source: str) -> str:
+def adapted(source: str) -> str:
     """CUDA source for the emulator: no headers, its shared memory, and kernels by their type."""
     text = re.sub(r"^#\s*(include|if|el|end|define|undef).*\n", "", source, flags=re.MULTILINE)
     dynamic = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(\w+) (\w+)\[\];")
     text = dynamic.sub(r"\1* \2 = (\1*)emulator.shared;", text)
-    return text.replace("cudaLaunchKernel((const void*)", "cudaLaunchKernel(")
+    text = re.sub(r'__asm__\(.*|extern "C" const char .*|static hsa_image .*', "", text)
+    embedded = re.compile(r'static hsa_embedded kernel = \{&\w+, "(\w+)"\};\n  return hsa_launch\(kernel')
+    return embedded.sub(r"return cudaLaunchKernel(\1", text)
 
 
 class EmulatedKernel:
     """A built GPU kernel that computes on CPU tensors, slowly; called like ``hsa_compile.native.CudaKernel``."""
 
     def __init__(self, artifact: Artifact, directory: Path) -> None:
-        sources = sorted(artifact.directory.glob("*.cu"), key=lambda path: path.stem == "table")
+        sources = [*sorted(artifact.directory.glob("*.cu")), artifact.directory / "host.cc"]
         headers = "".join(f'#include "{name}"\n' for name in ("cuda_launch.h", "cuda_kernel.h"))
         text = directory / "kernel.cc"
-        text.write_text(headers + "".join(_adapted(path.read_text()) for path in sources))
+        text.write_text(headers + "".join(adapted(path.read_text()) for path in sources))
         # nvcc lets vectors of other types be read from arrays; g++ must be told to.
         flags = ("-std=c++20", "-O2", "-march=native", "-fno-strict-aliasing", "-w", "-shared", "-fPIC")
         command = ["g++", *flags, f"-I{EMULATOR}", f"-I{HOST}"]

@@ -3,8 +3,12 @@ windows and scans by kernels; decoding from CUDA graphs and with the chunk memor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +16,12 @@ from torch import Tensor
 
 from hsa_compile import dispatch
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.flash import PART, FlashWindow
+from hsa_compile.model.flash import FlashWindow
 from hsa_compile.model.generate import generate
 from hsa_compile.model.graph import GraphDecoder
-from hsa_compile.model.layers import SlidingWindow
+from hsa_compile.model.layers import SlidingWindow, SwiGlu, rms_norm, rotate, rotations
 from hsa_compile.model.mamba import SCAN_CHUNK, fla_scan, has_kernel, scan
-from hsa_compile.model.model import HsaModel
+from hsa_compile.model.model import HsaModel, sequence_loss
 from hsa_compile.model.prefill import prefill
 
 # The kernels are those of the checks "g16-k16" and "dr64".
@@ -30,8 +34,8 @@ CONFIG = ModelConfig(
 
 @functools.cache
 def _model() -> tuple[HsaModel, Tensor]:
-    torch.manual_seed(0)
-    return HsaModel(CONFIG).cuda().train(), torch.randint(0, CONFIG.vocab_size, (2, 2049), device="cuda")
+    torch.manual_seed(0)  # of so many tokens that the fused passes serve
+    return HsaModel(CONFIG).cuda().train(), torch.randint(0, CONFIG.vocab_size, (4, 2049), device="cuda")
 
 
 def _step(run: torch.nn.Module | None = None, recompute: bool = False) -> tuple[Tensor, Tensor]:
@@ -81,7 +85,7 @@ def check_compiled_graph() -> None:
 def check_windows() -> None:
     """FlashAttention's windows are the masked ones, with their gradients, wherever segment and ring begin."""
     config, device = dataclasses.replace(CONFIG, swa_heads=4), torch.device("cuda")
-    for ring, length in ((0, 1), (0, 130), (127, 1), (127, 500), (50, 128), (127, PART + 70)):
+    for ring, length in ((0, 1), (0, 130), (127, 1), (127, 500), (50, 128), (127, 9000)):
         q = torch.randn(2, length, 4, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
         k, v = (torch.randn(2, ring + length, 2, 64, device=device, dtype=q.dtype, requires_grad=True) for _ in "kv")
         grad = torch.randn_like(q)
@@ -95,19 +99,82 @@ def check_windows() -> None:
             assert off <= 1e-2, f"ring {ring}, {length} tokens: {name} off by {off:.2g}"
 
 
+def _loss_of(logits: Tensor) -> Tensor:
+    targets = torch.arange(logits.shape[1], device=logits.device).expand(logits.shape[:2])
+    return sequence_loss(logits, targets)
+
+
+def check_fused() -> None:
+    """Fused passes are PyTorch's in float64, and repeat to the bit, on strided heads, wide rows, a large vocabulary."""
+    norm, wide, mlp = rms_norm(64).cuda(), rms_norm(1000).cuda(), SwiGlu(16, 2304).cuda()
+    cos, sin = rotations(2050, 64, 1e4, torch.device("cuda"), torch.float64)
+    with torch.no_grad():
+        norm.weight.normal_()
+    cases: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+        "norm of heads": ((2, 2050, 20, 64), lambda x: norm(x[:, :, :16])),
+        "norm": ((2, 2050, 1000), wide),
+        "norm after an addition": ((2, 2050, 1000), lambda x: torch.cat(wide.after(x, 0.5 * x))),
+        "rotation": ((2, 2050, 20, 64), lambda x: rotate(x[:, :, 2:18], cos, sin)),
+        "gate": ((2, 2050, 16), mlp),
+        "loss": ((2, 50, 50_304), _loss_of),
+    }
+    for name, (shape, run) in cases.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.randn(shape, device="cuda").to(dtype).requires_grad_()
+            with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                y = run(x)
+                got, again = ([o, *torch.autograd.grad(o, x, torch.ones_like(o))] for o in (y, run(x)))
+            assert all(torch.equal(a, b) for a, b in zip(got, again)), f"{name}, {dtype}: does not repeat"
+            double = x.detach().double().requires_grad_()
+            for module in (norm, wide, mlp):
+                module.double()
+            with dispatch.use_backend("eager"):
+                y = run(double)
+                want = [y, *torch.autograd.grad(y, double, torch.ones_like(y))]
+            for module in (norm, wide, mlp):
+                module.float()
+            for a, b in zip(got, want):
+                off = float((a - b).detach().norm() / b.detach().norm())
+                assert off <= (1e-2 if dtype == torch.bfloat16 else 1e-5), f"{name}, {dtype}: off by {off:.2g}"
+
+
+@contextlib.contextmanager
+def _one_tile_each(package: str) -> Iterator[None]:
+    """Triton's autotuned programs of a package take one tile: to try all of them is minutes of compiling."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import KernelInterface
+
+    before: list[tuple[Any, Any]] = []
+    for name, module in list(sys.modules.items()):
+        for program in vars(module).values() if name.startswith(package) else ():
+            while isinstance(program, KernelInterface):
+                if isinstance(program, Autotuner):
+                    before.append((program, program.configs))
+                    program.configs = [
+                        min(program.configs, key=lambda tile: (abs(tile.num_warps - 4), tile.num_stages))
+                    ]
+                program = getattr(program, "fn", None)
+    try:
+        yield
+    finally:
+        for program, configs in reversed(before):
+            program.configs = configs
+
+
 def check_mamba_scan() -> str:
-    """fla-core's scan is the plain one, with its gradients; said where it is not installed."""
+    """fla-core's scan is the plain one, with its gradients; said where it does not serve."""
     x = torch.empty(1, dtype=torch.bfloat16, device="cuda")
     if not has_kernel(x, SCAN_CHUNK):
-        return "(fla-core is not installed)"
+        return "(fla-core is not installed, or Triton miscompiles it here)"
     B, L, H, P, N = 2, 300, 4, 32, 64
     x, b, c = (torch.randn(B, L, *rest, device="cuda") for rest in ((H, P), (N,), (N,)))
     a, h = -torch.rand(B, L, H, device="cuda"), torch.randn(B, H, P, N, device="cuda")
     ours, theirs = ([t.clone().requires_grad_() for t in (x, a, b, c, h)] for _ in range(2))
-    want, got = scan(*ours), fla_scan(*theirs, torch.bfloat16)
-    for (y, last), inputs in ((want, ours), (got, theirs)):
-        (y.float().square().sum() + last.square().sum()).backward()
-        assert all(t.grad is not None for t in inputs)
+    with _one_tile_each("fla."):
+        want, got = scan(*ours), fla_scan(*theirs, torch.bfloat16)
+        for (y, last), inputs in ((want, ours), (got, theirs)):
+            (y.float().square().sum() + last.square().sum()).backward()
+            assert all(t.grad is not None for t in inputs)
     for name, p, q in (("y", got[0], want[0]), ("h", got[1], want[1])):
         off = float((p - q).norm() / q.norm())
         assert off <= 2e-2, f"{name} off by {off:.2g}"
@@ -162,5 +229,6 @@ def check_graphs() -> None:
 
 CHECKS = {
     "step": check_step, "recomputation": check_recomputation, "torch.compile": check_compiled_graph,
-    "windows": check_windows, "mamba scan": check_mamba_scan, "host memory": check_host_memory, "graphs": check_graphs,
+    "windows": check_windows, "fused": check_fused, "mamba scan": check_mamba_scan, "host memory": check_host_memory,
+    "graphs": check_graphs,
 }  # fmt: skip

@@ -208,10 +208,9 @@ template <class T, class U> T AtomicAddRet(T* at, U x, int = 0) { const T old = 
 
 // The runtime's interface.
 enum cudaError_t { cudaSuccess, cudaErrorDeadlock };
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaEnableDefault };
+enum { cudaEnableDefault };
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess };
 using cudaStream_t = void*;
-template <class F> cudaError_t cudaFuncSetAttribute(F, int, int) { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "deadlock, or more shared memory than a block may have"; }
 template <class... P, size_t... I>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, void** a, size_t bytes, std::index_sequence<I...>) {

@@ -1,0 +1,76 @@
+/* The CPU provider: compiled kernels on ONNX Runtime's own threads. */
+#include <algorithm>
+#include <thread>
+
+#include "support.h"
+
+namespace hsa {
+namespace {
+
+bool runs_here(const hsa_target& target) {
+  if (target.gpu) return false;
+#ifdef __x86_64__
+  __builtin_cpu_init();
+  if (target.level >= 4 && !(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512vl")))
+    return false;
+  if (target.level >= 3 && !(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                             __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2")))
+    return false;
+#endif
+  return true;
+}
+
+const hsa_kernel* find_kernel(const Call& call) {
+  std::string elsewhere;
+  for (int32_t i = 0; i < hsa_entry_count; ++i) {
+    const hsa_entry& entry = hsa_entries[i];
+    const hsa_target& target = hsa_targets[entry.target];
+    if (!entry.cpu || !same_problem(entry, call.problem) || entry.length > call.dims[1]) continue;
+    if (runs_here(target)) return entry.cpu;
+    elsewhere += std::string(elsewhere.empty() ? "" : ", ") + target.name;
+  }
+  require(elsewhere.empty(), std::string(kOpNames[call.problem.op]) + ": this CPU runs none of " + elsewhere +
+                                 ", for which the library was built. Build it for this machine, too.",
+          ort::kNotImplemented);
+  raise_no_kernel(call.problem, false, "CPUs");
+}
+
+struct Fork {
+  void (*work)(void*);
+  void* job;
+};
+
+void parallel(void* context, void (*work)(void*), void* job, int32_t threads) {
+  Fork fork{work, job};
+  const auto call = [](void* argument, size_t) {
+    const Fork* fork = static_cast<const Fork*>(argument);
+    fork->work(fork->job);
+  };
+  if (ort::Status* status = api.KernelContext_ParallelFor(static_cast<ort::KernelContext*>(context), call, threads, 0, &fork)) {
+    api.ReleaseStatus(status);
+    work(job);  // alone, then
+  }
+}
+
+int32_t thread_count() {
+  static const int32_t threads = std::max(1u, std::thread::hardware_concurrency());
+  return threads;
+}
+
+}  // namespace
+
+bool Cpu::serves(int32_t op, int32_t dtype) {
+  return std::any_of(hsa_entries, hsa_entries + hsa_entry_count,
+                     [&](const hsa_entry& entry) { return entry.cpu && entry.op == op && entry.dtype == dtype; });
+}
+
+void Cpu::fill(void* data, int32_t byte, int64_t bytes, ort::KernelContext*) { std::memset(data, byte, bytes); }
+
+void Cpu::run(const Call& call, ort::KernelContext* context) {
+  const int failed = hsa_execute(find_kernel(call), call.tensors.data(), call.dims, thread_count(), parallel, context);
+  require(!failed, std::string(kOpNames[call.problem.op]) + ": out of memory", ort::kFail);
+}
+
+}  // namespace hsa

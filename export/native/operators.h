@@ -1,0 +1,173 @@
+/* The operators of domain hsa: attributes, checks of the arguments, and the call that a provider computes. */
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "support.h"
+
+namespace hsa {
+
+constexpr ort::Element kT = static_cast<ort::Element>(0);  // in tables of types: the operator's own
+
+inline int64_t attribute(const ort::KernelInfo* info, const char* name) {
+  int64_t value = 0;
+  check(api.KernelInfoGetAttribute_int64(info, name, &value));
+  return value;
+}
+
+template <typename T>
+T optional(ort::Status* (*get)(const ort::KernelInfo*, const char*, T*), const ort::KernelInfo* info, const char* name) {
+  T value = 0;
+  if (ort::Status* status = get(info, name, &value)) {
+    api.ReleaseStatus(status);
+    return 0;
+  }
+  return value;
+}
+
+inline void require_positive(const char* name, int64_t value) {
+  require(value >= 1, std::string("hsa: attribute ") + name + " must be positive, got " + std::to_string(value));
+}
+
+inline void require_range(const char* what, const int64_t* values, int64_t count, int64_t most) {
+  for (int64_t i = 0; i < count; ++i)
+    require(0 <= values[i] && values[i] <= most, std::string(what) + " must lie in 0 … " + std::to_string(most) + ", got " +
+                                                     std::to_string(values[i]));
+}
+
+inline void require_positions(const char* op, const Tensor& position) {
+  for (int64_t i = 0; i < position.shape[0]; ++i) {
+    const int64_t t = static_cast<const int64_t*>(position.data)[i];
+    require(t >= 0, std::string(op) + ": position must not be negative, got " + std::to_string(t));
+  }
+}
+
+struct Select {
+  static constexpr int32_t kOp = HSA_CHUNK_SELECT;
+  static constexpr ort::Element kInputs[] = {kT, kT, ort::kInt64, ort::kInt64};
+  static constexpr ort::Element kOutputs[] = {ort::kInt32, ort::kFloat};
+
+  int64_t kv_heads, chunk_size, top_k, window;
+
+  explicit Select(const ort::KernelInfo* info)
+      : kv_heads(attribute(info, "kv_num_heads")), chunk_size(attribute(info, "chunk_size")), top_k(attribute(info, "top_k")),
+        window(optional(api.KernelInfoGetAttribute_int64, info, "window")) {
+    require_positive("kv_num_heads", kv_heads);
+    require_positive("chunk_size", chunk_size);
+    require_positive("top_k", top_k);
+  }
+
+  template <typename Provider>
+  void compute(ort::KernelContext* context, int32_t dtype) const {
+    const Tensor q = input(context, 0, "q_r", kRank), landmark = input(context, 1, "landmark", kRank);
+    const Tensor position = input(context, 2, "position", 1), chunks = input(context, 3, "chunks", 1);
+    const int64_t B = q.shape[0], L = q.shape[1], C = landmark.shape[1];
+    require_shape(landmark, {B, C, q.shape[2], q.shape[3]}, "[B, C, Hr, Dr]");
+    require_shape(position, {B}, "[B]");
+    require_shape(chunks, {B}, "[B]");
+    if (Provider::kHost) {
+      require_positions("hsa.ChunkSelect", position);
+      require_range("hsa.ChunkSelect: chunks", static_cast<const int64_t*>(chunks.data), B, C);
+    }
+    const std::vector<int64_t> shape{B, L, kv_heads, top_k};
+    const Tensor indices = output(context, 0, "indices", shape), scores = output(context, 1, "scores", shape);
+    const int64_t n = indices.elements();
+    if (n == 0) return;
+    if (C == 0) {
+      Provider::fill(indices.data, 0xFF, n * 4, context);
+      Provider::fill(scores.data, 0, n * 4, context);
+      return;
+    }
+    const Problem problem{kOp, dtype, {kv_heads, q.shape[2], q.shape[3], chunk_size, top_k, window}, 0};
+    const std::vector<void*> tensors{q.data, landmark.data, position.data, chunks.data, indices.data, scores.data};
+    Provider::run({problem, tensors, {B, L, C}, q.memory}, context);
+  }
+};
+
+struct Attention {
+  static constexpr int32_t kOp = HSA_CHUNK_ATTENTION;
+  static constexpr ort::Element kInputs[] = {kT, kT, kT, ort::kInt32, ort::kFloat};
+  static constexpr ort::Element kOutputs[] = {kT};
+
+  int64_t chunk_size, off_by_one;
+  float scale;
+
+  explicit Attention(const ort::KernelInfo* info)
+      : chunk_size(attribute(info, "chunk_size")), off_by_one(optional(api.KernelInfoGetAttribute_int64, info, "off_by_one")),
+        scale(optional(api.KernelInfoGetAttribute_float, info, "scale")) {
+    require_positive("chunk_size", chunk_size);
+    require(off_by_one == 0 || off_by_one == 1, "hsa.ChunkAttention: off_by_one must be 0 or 1, got " + std::to_string(off_by_one));
+    require(scale >= 0 && scale < INFINITY, "hsa.ChunkAttention: scale must be positive, or 0 for 1/sqrt(D), got " + std::to_string(scale));
+  }
+
+  template <typename Provider>
+  void compute(ort::KernelContext* context, int32_t dtype) const {
+    const Tensor q = input(context, 0, "q", kRank), k = input(context, 1, "k", kRank), v = input(context, 2, "v", kRank);
+    const Tensor indices = input(context, 3, "indices", kRank), weights = input(context, 4, "weights", kRank);
+    const int64_t B = q.shape[0], L = q.shape[1], D = q.shape[3], Hkv = k.shape[2], K = indices.shape[3];
+    require_shape(k, {B, k.shape[1], Hkv, D}, "[B, C*S, Hkv, D]");
+    require_shape(v, k.shape, "k's shape");
+    require_shape(indices, {B, L, Hkv, K}, "[B, L, Hkv, K]");
+    require_shape(weights, indices.shape, "[B, L, Hkv, K]");
+    require(k.shape[1] % chunk_size == 0, "hsa.ChunkAttention: k has " + std::to_string(k.shape[1]) +
+                                              " tokens, not a multiple of chunk_size " + std::to_string(chunk_size));
+    const int64_t C = k.shape[1] / chunk_size;
+    if (Provider::kHost) require_indices(indices, C);
+    const Tensor o = output(context, 0, "o", q.shape);
+    if (o.elements() == 0) return;
+    if (C == 0 || K == 0) return Provider::fill(o.data, 0, o.elements() * (dtype == HSA_FLOAT32 ? 4 : 2), context);
+    const bool usual = scale == static_cast<float>(1 / std::sqrt(static_cast<double>(D)));
+    const Problem problem{kOp, dtype, {q.shape[2], Hkv, D, chunk_size, K, off_by_one}, usual ? 0 : scale};
+    const std::vector<void*> tensors{q.data, k.data, v.data, indices.data, weights.data, o.data};
+    Provider::run({problem, tensors, {B, L, C}, q.memory}, context);
+  }
+
+  static void require_indices(const Tensor& indices, int64_t C) {
+    const int32_t* data = static_cast<const int32_t*>(indices.data);
+    const int64_t n = indices.elements();
+    if (n == 0) return;
+    const auto [low, high] = std::minmax_element(data, data + n);
+    require(-1 <= *low && *high < C, "hsa.ChunkAttention: indices must lie in -1 (empty) … " + std::to_string(C - 1) + ", found " +
+                                         std::to_string(*low) + " … " + std::to_string(*high));
+  }
+};
+
+struct Window {
+  static constexpr int32_t kOp = HSA_SLIDING_WINDOW;
+  static constexpr ort::Element kInputs[] = {kT, kT, kT, kT, kT, ort::kInt64, ort::kInt64};
+  static constexpr ort::Element kOutputs[] = {kT, kT, kT};
+
+  explicit Window(const ort::KernelInfo*) {}
+
+  template <typename Provider>
+  void compute(ort::KernelContext* context, int32_t dtype) const {
+    const Tensor q = input(context, 0, "q", kRank), k = input(context, 1, "k", kRank), v = input(context, 2, "v", kRank);
+    const Tensor past_k = input(context, 3, "past_k", kRank), past_v = input(context, 4, "past_v", kRank);
+    const Tensor position = input(context, 5, "position", 1), lengths = input(context, 6, "lengths", 1);
+    const int64_t B = q.shape[0], L = q.shape[1], D = q.shape[3], Hkv = k.shape[2], W = past_k.shape[1];
+    require_shape(k, {B, L, Hkv, D}, "[B, L, Hkv, D]");
+    require_shape(v, k.shape, "k's shape");
+    require_shape(past_k, {B, W, Hkv, D}, "[B, W, Hkv, D]");
+    require_shape(past_v, past_k.shape, "past_k's shape");
+    require_shape(position, {B}, "[B]");
+    require_shape(lengths, {B}, "[B]");
+    require(W >= 1, "hsa.SlidingWindow: past_k has no slots; the window must be at least 1");
+    if (Provider::kHost) {
+      require_positions("hsa.SlidingWindow", position);
+      require_range("hsa.SlidingWindow: lengths", static_cast<const int64_t*>(lengths.data), B, L);
+    }
+    const Tensor o = output(context, 0, "o", q.shape);
+    const Tensor present_k = output(context, 1, "present_k", past_k.shape);
+    const Tensor present_v = output(context, 2, "present_v", past_k.shape);
+    const bool in_place = present_k.data == past_k.data && present_v.data == past_v.data;
+    const int64_t slots = in_place ? std::min(L, W) : W;
+    if (o.elements() == 0 && (slots == 0 || present_k.elements() == 0)) return;
+    const Problem problem{kOp, dtype, {q.shape[2], Hkv, D, W, 0, 0}, 0};
+    const std::vector<void*> tensors{q.data, k.data, v.data, past_k.data, past_v.data, position.data,
+                                     lengths.data, o.data, present_k.data, present_v.data};
+    Provider::run({problem, tensors, {B, L, slots}, q.memory}, context);
+  }
+};
+
+}  // namespace hsa

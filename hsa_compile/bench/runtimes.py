@@ -1,0 +1,210 @@
+"""The ways to run a model that the suite ``e2e`` compares, each in a process of its own:
+``python -m hsa_compile.bench.runtimes`` answers requests of ``schedules/worker.py``.
+
+A process of its own, so that what a runtime takes of memory is its own, and one that runs out of it ends alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from hsa_compile import dispatch
+from hsa_compile.bench.dense import DenseModel
+from hsa_compile.bench.dense_onnx import DenseSession
+from hsa_compile.bench.record import timed
+from hsa_compile.export.bundle import read_manifest
+from hsa_compile.export.session import Session
+from hsa_compile.model.checkpoint import load_checkpoint
+from hsa_compile.model.config import ModelConfig
+from hsa_compile.model.graph import GraphDecoder, capturable
+from hsa_compile.model.model import HsaModel
+from hsa_compile.model.prefill import prefill, short_prefill
+from hsa_compile.schedules.worker import serve
+
+MORE_TOKENS = 128  # that are decoded after the longest context
+GPU_SEGMENT = 32_768  # tokens a prefill step in PyTorch
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What to run.
+
+    Args:
+        runtime: of ``RUNTIMES``.
+        bundle: the exported model.
+        checkpoint: the same in PyTorch; without it, new weights of the bundle's config.
+        device: "cpu" or "cuda".
+        longest: tokens of the longest context.
+        threads: on a CPU.
+    """
+
+    runtime: str
+    bundle: str
+    checkpoint: str | None
+    device: str
+    longest: int
+    threads: int
+
+    def config(self) -> ModelConfig:
+        """Of the bundle's model."""
+        return ModelConfig.from_dict(read_manifest(Path(self.bundle), []).model)
+
+
+class Runtime(Protocol):
+    """One way to run a model, on one text. What it does is done when it returns."""
+
+    dtype: str
+
+    def prefill(self, ids: list[int]) -> None:
+        """Reads a prompt anew, all layers on all of its tokens."""
+        ...
+
+    def first_token(self, ids: list[int]) -> None:
+        """Reads a prompt anew by the fastest way to its next token."""
+        ...
+
+    def decode(self) -> None:
+        """Reads one more token and chooses the next."""
+        ...
+
+
+class TorchRuntime:
+    """The sparse model in PyTorch, on one of the operators' paths; on a GPU, compiled operators decode from CUDA
+    graphs."""
+
+    def __init__(self, setup: Setup) -> None:
+        compiled: dispatch.Backend = "auto" if setup.device == "cuda" else "compiled"
+        self.backend: dispatch.Backend = "eager" if setup.runtime == "eager" else compiled
+        with torch.device(setup.device):
+            torch.manual_seed(0)
+            model = load_checkpoint(setup.checkpoint) if setup.checkpoint else HsaModel(setup.config())
+        self.dtype = read_manifest(Path(setup.bundle), []).dtype
+        self.model = model.eval().to(setup.device, getattr(torch, self.dtype))
+        self.segment = {"segment": GPU_SEGMENT} if setup.device == "cuda" else {}
+        self.state: Any = None
+        self._decoder: GraphDecoder | None = None
+
+    def prefill(self, ids: list[int], read: Callable[..., Any] = prefill) -> None:
+        self._decoder = self.state = None
+        at = self.model.embedding.weight.device
+        with dispatch.use_backend(self.backend), torch.no_grad():
+            logits, self.state = read(self.model, torch.tensor([ids], device=at), **self.segment)
+            self.token = logits.argmax(-1, keepdim=True)
+            if self.backend != "eager" and at.type == "cuda" and capturable(self.model, self.state):
+                self._decoder, self.state = GraphDecoder(self.model, self.state), None
+        self.token.tolist()  # waits for the GPU
+
+    def first_token(self, ids: list[int]) -> None:
+        self.prefill(ids, short_prefill)
+
+    def decode(self) -> None:
+        with dispatch.use_backend(self.backend), torch.no_grad():
+            if self._decoder is not None:
+                logits = self._decoder.step(self.token)
+            else:
+                logits, self.state = self.model.step(self.token, self.state)
+        self.token = logits[:, -1].argmax(-1, keepdim=True)
+        self.token.tolist()
+
+
+class OrtRuntime:
+    """The bundle in ONNX Runtime."""
+
+    def __init__(self, setup: Setup) -> None:
+        provider: Any = setup.device
+        reserve = setup.longest + MORE_TOKENS
+        self.session = Session(setup.bundle, provider=provider, threads=setup.threads, reserve=reserve)
+        self.dtype = self.session.manifest.dtype
+
+    def prefill(self, ids: list[int]) -> None:
+        self.session.reset()
+        self.token = int(self.session.prefill(ids).argmax())
+
+    def first_token(self, ids: list[int]) -> None:
+        self.session.reset()
+        self.token = int(self.session.short_prefill(ids).argmax())
+
+    def decode(self) -> None:
+        self.token = int(self.session.step([self.token]).argmax())
+
+
+class DenseRuntime:
+    """A dense model of the same size in ONNX Runtime."""
+
+    def __init__(self, setup: Setup) -> None:
+        torch.manual_seed(0)
+        model = DenseModel(setup.config(), setup.longest + MORE_TOKENS)
+        self.session = DenseSession(model, setup.device, setup.threads)
+        self.dtype = self.session.dtype
+
+    def prefill(self, ids: list[int]) -> None:
+        self.session.reset()
+        self.token = int(self.session.prefill(ids).argmax())
+
+    def first_token(self, ids: list[int]) -> None:
+        self.prefill(ids)
+
+    def decode(self) -> None:
+        if self.session.position == self.session.capacity:
+            self.session.position -= 1  # no runtime is that fast; the cost is that of the longest context
+        self.token = int(self.session.prefill([self.token]).argmax())
+
+
+RUNTIMES: dict[str, Callable[[Setup], Runtime]] = {
+    "eager": TorchRuntime, "compiled": TorchRuntime, "ort": OrtRuntime, "ort-dense": DenseRuntime,
+}  # fmt: skip
+
+
+class MemoryUse:
+    """Bytes that this process has taken since this was made: at most so far on a CPU, for weights, state and all that
+    a step needs; on a GPU what its allocators hold, which they do not give back."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._before = self._now()
+
+    def peak(self) -> int:
+        return self._now() - self._before
+
+    def _now(self) -> int:
+        if self.device == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            return total - free
+        line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) << 10
+
+
+def measure(runtime: Runtime, ids: list[int], memory: MemoryUse) -> list[dict[str, Any]]:
+    """The rows of one context: rates, latencies in ms, memory in GiB."""
+    fill = timed(lambda: runtime.prefill(ids), seconds=0.3, least=1)
+    first = timed(lambda: runtime.first_token(ids), seconds=0.3, least=1)
+    decode = timed(runtime.decode, seconds=0.3, least=5, most=MORE_TOKENS - 1)
+    rate = {"value": fill.median, "low": fill.most, "high": fill.least}
+    return [
+        {"metric": "prefill_tokens_per_s", **{key: round(len(ids) / ms * 1e3, 1) for key, ms in rate.items()}},
+        {"metric": "ttft_ms", "value": first.median, "low": first.least, "high": first.most},
+        {"metric": "decode_ms", "value": decode.median, "low": decode.least, "high": decode.most},
+        {"metric": "peak_gib", "value": round(memory.peak() / (1 << 30), 4)},
+    ]
+
+
+_open: dict[str, Any] = {}
+
+
+def _handle(message: dict[str, Any]) -> dict[str, Any]:
+    if "setup" in message:
+        setup = Setup(**message["setup"])
+        torch.set_num_threads(setup.threads)
+        _open["memory"] = MemoryUse(setup.device)
+        _open["runtime"] = RUNTIMES[setup.runtime](setup)
+        return {"dtype": _open["runtime"].dtype}
+    return {"rows": measure(_open["runtime"], message["ids"], _open["memory"])}
+
+
+if __name__ == "__main__":
+    serve(_handle)
