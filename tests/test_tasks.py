@@ -197,6 +197,14 @@ def test_woven_samples_weigh_answers_and_text(seed: int) -> None:
     assert 0.2 * 2000 < (weights != 1).sum() <= 0.6 * 2001
 
 
+def test_short_samples_have_what_fits() -> None:
+    tasks = tuple((TASKS[name], share) for name, share in (("s-n", 0.01), ("mq", 1.0), ("cwe", 1.0), ("niah", 1.0)))
+    weaver = Weaver(Bytes(), TEXT, tasks, 0.6, 5.0)
+    for seed in range(20):
+        sample = weaver.draw(random.Random(seed), 128, 1)
+        assert bytes(np.asarray(sample.ids, np.uint8)).count(b"The number of") == 2
+
+
 def test_one_world_comes_once_a_sample() -> None:
     tasks = tuple((TASKS[name], 1.0) for name in ("qa1", "qa2", "qa3"))
     sample = Weaver(Bytes(), TEXT, tasks, 0.9, 5.0).draw(random.Random(0), 4000, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ from hsa_compile.model.tasks.pairs import KEYS, PAIR_BYTES, QUERY_BYTES, VALUE_D
 from hsa_compile.model.tasks.problem import Problem, Task
 
 ASKS = 6  # questions about one problem's facts, at most
-TRIES = 64  # of problems, for one that fits
+TRIES = 16  # of any problems, before those that fit are looked for in order
+WORDS_LENGTH = 512  # from which on a text of words is long enough for some to be common
 
 
 class _Piece(NamedTuple):
@@ -53,6 +54,8 @@ class Weaver:
             DataError: the facts do not fit.
         """
         task = self._task(rng, self.tasks)
+        if task.hay != "text" and length < WORDS_LENGTH and self._in_text:
+            task = self._task(rng, self._in_text)
         if task.dense:
             if not isinstance(self.text, bytes):
                 raise DataError("pairs are written in bytes; leave that task out with other tokens")
@@ -85,22 +88,33 @@ class Weaver:
         """Problems of all tasks that hide in prose, the first of this one, until they fill their part."""
         inserts: list[tuple[float, _Piece]] = []
         left, worlds = int((length + 1) * self.fill), set[str]()
-        others = [x for x in self.tasks if x[0].hay == "text" and not x[0].dense]
-        for tried in range(TRIES + length):
-            # The first problem is of the task that was drawn, if it can be.
-            task = self._task(rng, others) if tried else task
-            if task.world in worlds:
+        for candidate, asks in self._candidates(rng, task, length):
+            if candidate.world in worlds:
                 continue
-            pieces = self._pieces(task.make(rng, rng.randint(1, ASKS) if inserts or tried < ASKS else 1, length))
+            pieces = self._pieces(candidate.make(rng, asks, length))
             if (size := sum(len(piece.ids) for piece in pieces)) <= left:
                 left -= size
                 inserts += zip(sorted(rng.random() for _ in pieces), pieces)
-                worlds |= {task.world} - {""}
-            elif inserts or tried >= TRIES:
+                worlds |= {candidate.world} - {""}
+            elif inserts:
                 break
         if not inserts:
             raise DataError(f"no problem fits into {self.fill:.0%} of {length} tokens; ask for longer")
         return self._between_text(rng, [piece for _, piece in sorted(inserts, key=lambda x: x[0])], length)
+
+    @property
+    def _in_text(self) -> list[tuple[Task, float]]:
+        """The tasks whose facts are woven into prose."""
+        return [x for x in self.tasks if x[0].hay == "text" and not x[0].dense]
+
+    def _candidates(self, rng: random.Random, task: Task, length: int) -> Iterator[tuple[Task, int]]:
+        """What to try one after the other, and how many questions: the task that was drawn, then any; where samples are
+        so short that few fit, each with one question."""
+        yield task, rng.randint(1, ASKS)
+        for _ in range(TRIES + length // 64):
+            yield self._task(rng, self._in_text), rng.randint(1, ASKS)
+        for other, _ in self._in_text * 4:
+            yield other, 1
 
     def _pieces(self, problem: Problem) -> list[_Piece]:
         """What is written, in order."""
