@@ -31,6 +31,7 @@ class CountingEngine:
         self.unread: dict[int, list[int]] = {}
         self.last: dict[int, int] = {}
         self.most = self.reads = self.together = 0
+        self.released: list[tuple[int, int]] = []  # rows, and how many segments had been read by then
         self._threads: set[int] = set()
 
     def admit(self, prompt_ids: Sequence[int]) -> int:
@@ -54,6 +55,7 @@ class CountingEngine:
 
     def release(self, row: int) -> None:
         self._used()
+        self.released.append((row, self.reads))
         del self.unread[row]
 
     def _after(self, row: int, token: int) -> Floats:

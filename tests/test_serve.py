@@ -94,14 +94,18 @@ def test_concurrent_answers_are_those_alone() -> None:
 
 
 def test_long_prompts_do_not_hold_up_others() -> None:
-    with serving(rows=2) as (client, engine), ThreadPoolExecutor(1) as pool:
+    with serving(rows=2) as (client, engine), ThreadPoolExecutor(2) as pool:
         engine.gate.clear()
         long = pool.submit(ask, client, prompt="a" * 40_000, max_tokens=1)
         until(lambda: len(engine.unread) == 1)
+        short = pool.submit(ask, client, prompt="b", max_tokens=20)
+        until(lambda: "hsa_requests_waiting 1.0" in client.get("/metrics").text)
         engine.gate.set()
-        assert ask(client, prompt="b", max_tokens=20).json()["choices"][0]["text"] == alphabet("b", 20)
-        assert engine.reads < 5000, "the long prompt was read first"
+        assert short.result().json()["choices"][0]["text"] == alphabet("b", 20)
         assert long.result().json()["choices"][0]["text"] == "b"
+    (first, reads), _ = engine.released
+    assert first == 1, "the long prompt was read first"
+    assert reads < 30
 
 
 def test_a_flood_is_told_to_come_later() -> None:
