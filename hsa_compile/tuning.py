@@ -187,34 +187,34 @@ def tune_one(
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> Table:
-    """The best of each search beside the hand-picked tile."""
+    """The best of each search beside the hand-picked tile, in cells of two lines, to fit into 80 columns."""
     out = Table(title="Best tiles", caption=_caption(outcomes))
-    for name in ("problem", "pass", "L", "tile"):
-        out.add_column(name)
-    for name in ("ms", "spread", "GFLOP/s", "of matmul", "default ms", "faster", "tried"):
-        out.add_column(name, justify="right")
+    for name in ("search", "tile"):
+        out.add_column(name, overflow="fold")
+    for name in ("ms\nrange", "GFLOP/s\nmatmul", "faster\nthan", "tried\nof"):
+        out.add_column(name, justify="right", no_wrap=True)
     if gpu := any(o.resources for o in outcomes):
-        for name in ("registers", "spilled", "shared KiB"):
-            out.add_column(name, justify="right")
+        out.add_column("regs\nspills\nshared", justify="right", no_wrap=True)
     for o in outcomes:
         flops, best = job_flops(o.job), o.best
-        failed = f" ({sum(o.failed.values())} failed)" if o.failed else ""
+        failed = f"\n{sum(o.failed.values())} failed" if o.failed else ""
         out.add_row(
-            short_name(o.job.problem), o.job.pass_name, str(o.job.load.L),
-            searched(best.tile, o.job.problem, o.job.pass_name, o.job.target, o.job.load.L), f"{best.ms:.3g}",
-            f"{min(best.runs):.3g} – {max(best.runs):.3g}", f"{flops / best.ms / 1e6:.1f}",
-            f"{flops / best.ms * 1e3 / o.matmul_flops:.0%}", f"{o.default_ms:.3g}", f"{o.default_ms / best.ms:.2f}×",
-            f"{len(o.trials)} of {o.space_size}{failed}", *(_resources(o) if gpu else ()),
+            f"{short_name(o.job.problem)}\n{o.job.pass_name}, L {o.job.load.L}",
+            searched(best.tile, o.job.problem, o.job.pass_name, o.job.target, o.job.load.L),
+            f"{best.ms:.3g}\n{min(best.runs):.3g}–{max(best.runs):.3g}",
+            f"{flops / best.ms / 1e6:.1f}\n{flops / best.ms * 1e3 / o.matmul_flops:.0%}",
+            f"{o.default_ms / best.ms:.2f}×\n{o.default_ms:.3g}", f"{len(o.trials)}\n{o.space_size}{failed}",
+            *([_resources(o)] if gpu else []),
         )  # fmt: skip
     return out
 
 
-def _resources(outcome: Outcome) -> tuple[str, str, str]:
+def _resources(outcome: Outcome) -> str:
     """Of the winner: registers of a thread, spilled bytes, shared memory."""
     taken = outcome.resources.get(outcome.best.tile)
     if not taken:
-        return "–", "–", "–"
-    return str(taken["registers"]), str(taken["spill_bytes"]), f"{taken['shared_bytes'] / 1024:.0f}"
+        return "–"
+    return f"{taken['registers']}\n{taken['spill_bytes']} B\n{taken['shared_bytes'] / 1024:.0f} KiB"
 
 
 def _caption(outcomes: Sequence[Outcome]) -> str:
