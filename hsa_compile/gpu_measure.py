@@ -110,7 +110,7 @@ def check_load(problem: Problem, pass_name: str, length: int) -> Workload:
 
 @functools.lru_cache(2)
 def timing_inputs(problem: Problem, pass_name: str, load: Workload, seed: int) -> tuple[Tensor, ...]:
-    """What candidates are timed on: local selections over the memory, of which the segment is the end."""
+    """What candidates are timed on: the load's selections over the memory, of which the segment is the end."""
     torch.manual_seed(seed)
     B, L, C, S = load.B, load.L, load.C, problem.chunk_size
     dtype = getattr(torch, problem.dtype)
@@ -119,7 +119,7 @@ def timing_inputs(problem: Problem, pass_name: str, load: Workload, seed: int) -
         return torch.randn(shape, device=DEVICE).to(dtype)
 
     before = max(0, C * S - L)
-    indices = synthetic_selection(B, L, problem.kv_heads, problem.top_k, S, "local", seed, DEVICE, before)
+    indices = synthetic_selection(B, L, problem.kv_heads, problem.top_k, S, load.selection, seed, DEVICE, before)
     if isinstance(problem, ChunkAttention):
         q = normal(B, L, problem.q_heads, problem.head_dim)
         k, v = (normal(B, C * S, problem.kv_heads, problem.head_dim) for _ in range(2))

@@ -18,7 +18,7 @@ from hsa_compile.schedules import BuildError, TargetError, choose, gpu_target, r
 from hsa_compile.schedules.builder import PASSES
 from hsa_compile.schedules.candidates import Clock, CpuLaboratory, Job, Laboratory
 from hsa_compile.schedules.choice import Choice
-from hsa_compile.schedules.costs import Workload
+from hsa_compile.schedules.costs import Selection, Workload
 from hsa_compile.schedules.device import device_for
 from hsa_compile.schedules.space import searched, space_for
 from hsa_compile.schedules.target import GPU_TARGETS, GpuTarget, resolve_any
@@ -91,12 +91,14 @@ def jobs_for(
     target: str,
     context: int | None = None,
     batch: int | None = None,
+    selection: Selection = "local",
 ) -> list[Job]:
     """A job for every problem, pass and length that has anything to choose.
 
     Args:
         context: tokens of memory; default: as long as the segment, at least 4096.
         batch: rows; default: one, on a GPU as many as fill it.
+        selection: what candidates are timed on; the record says it.
 
     Raises:
         ConfigError: a length or the context makes no sense.
@@ -112,8 +114,11 @@ def jobs_for(
     def rows(L: int) -> int:
         return batch or (max(1, min(GPU_ROWS, GPU_TOKENS // L)) if gpu else 1)
 
+    def load(problem: Problem, L: int) -> Workload:
+        return Workload(rows(L), L, max(1, max(L, context or LEAST_CONTEXT) // problem.chunk_size), selection)
+
     return [
-        Job(problem, name, target, Workload(rows(L), L, max(1, max(L, context or LEAST_CONTEXT) // problem.chunk_size)))
+        Job(problem, name, target, load(problem, L))
         for problem in problems
         for L in lengths
         for name in passes

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from hsa_compile.ir import ChunkAttention, ChunkSelect, Problem
 from hsa_compile.ir.programs import CpuTile
@@ -15,6 +16,7 @@ from hsa_compile.ir.programs.cpu.layout import QUEUE, AttentionLayout, SelectLay
 from hsa_compile.schedules.glue import DTYPE_SIZE
 
 FMA_LATENCY, FMA_UNITS = 4, 2
+Selection = Literal["local", "random"]
 SHARED_TOKENS, REDRAWN = 16, 0.07  # neighbours of one draw, and slots that differ, in the selections that are timed
 BLOCKS_A_THREAD = 8  # as in host/execute.c
 # Cycles, fitted by eye to candidates timed on a Zen 4: a packed element that is transposed, a vector of the softmax
@@ -41,11 +43,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class Workload:
-    """B rows of L tokens, over C chunks of memory."""
+    """B rows of L tokens, over C chunks of memory.
+
+    Args:
+        selection: what is timed: neighbours that select much the same ("local", as trained models do), or each for
+            itself ("random", the most distinct chunks that there can be).
+    """
 
     B: int
     L: int
     C: int
+    selection: Selection = "local"
 
 
 def seen_chunks(problem: ChunkSelect, load: Workload) -> float:
@@ -55,9 +63,11 @@ def seen_chunks(problem: ChunkSelect, load: Workload) -> float:
     return load.C / 2
 
 
-def union_chunks(tokens: int, top_k: int, seen: float) -> float:
-    """Distinct chunks that neighbours select: they share a draw, and some slots are drawn anew."""
-    draws = top_k * (math.ceil(tokens / SHARED_TOKENS) + REDRAWN * (tokens - 1))
+def union_chunks(tokens: int, top_k: int, seen: float, selection: Selection = "local") -> float:
+    """Distinct chunks that neighbours select: local ones share a draw, of which some slots are drawn anew."""
+    draws: float = top_k * tokens
+    if selection == "local":
+        draws = top_k * (math.ceil(tokens / SHARED_TOKENS) + REDRAWN * (tokens - 1))
     return max(1.0, seen * (1 - math.exp(-draws / max(1.0, seen))))
 
 
@@ -141,7 +151,7 @@ def _attention_cycles(lay: AttentionLayout, pass_name: str, load: Workload, mach
     backward = pass_name == "backward"
     width, keys, G = lay.width, lay.keys, p.groups
     tokens = min(tile.tokens, load.L)
-    union = union_chunks(tokens, p.top_k, load.C)
+    union = union_chunks(tokens, p.top_k, load.C, load.selection)
     pairs = tokens * min(p.top_k, load.C) / union  # tokens that share a chunk
     batch = min(float(lay.pairs), pairs)
     batches = max(1.0, pairs / batch)

@@ -85,7 +85,7 @@ def _walk(
     K, D, S, G = min(p.top_k, load.C), p.head_dim, p.chunk_size, p.groups
     backward, seen = pass_name == "backward", max(1.0, load.C / 2)
     tokens = min(tile.tokens, load.L)
-    union = union_chunks(tokens, K, seen)
+    union = union_chunks(tokens, K, seen, load.selection)
     tiles = load.B * p.kv_heads * math.ceil(load.L / tokens)
     visits = tiles * union
     if isinstance(tile, TritonTile):
@@ -95,11 +95,11 @@ def _walk(
         rows, rate = tile_rows(p, tile), 1.0 if tile.wgmma and tile.form != "warps" else MMA
         warps = max(1, rows // 16)
         # 16 rows whose tokens did not select a chunk skip its softmax, and by warps its products.
-        active = rows * union_chunks(min(tokens, max(1, 16 // G)), K, seen) / union
+        active = rows * union_chunks(min(tokens, max(1, 16 // G)), K, seen, load.selection) / union
         # By warpgroups 64 rows skip together.
         products = active if tile.form == "warps" else float(rows)
         if tile.form == "warpgroups":
-            products = rows * union_chunks(min(tokens, max(1, 64 // G)), K, seen) / union
+            products = rows * union_chunks(min(tokens, max(1, 64 // G)), K, seen, load.selection) / union
     flops = (6 if backward else 4) * visits * products * S * D
     fitting = max(1, block.fitting(target))
     # Few rows a warp, or few blocks: less is in flight while a chunk is on its way.

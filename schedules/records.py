@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from hsa_compile.ir import Problem, problem_from_dict
 from hsa_compile.schedules.choice import Backend, Tile, bucket, tile_from_dict
+from hsa_compile.schedules.costs import Selection
 from hsa_compile.schedules.device import Device, device_for
 from hsa_compile.schedules.fingerprint import program_digest
 from hsa_compile.schedules.target import CpuTarget, GpuTarget, TargetError, resolve_any
@@ -66,6 +67,7 @@ class Measured(_Data):
     B: Count
     L: Count
     C: Count
+    selection: Selection = "local"
     threads: Count
     clock: Literal["wall", "cpu", "device"]
     rounds: Count
@@ -304,7 +306,7 @@ def describe(stored: Stored) -> str:
     m, where = stored.record.measured, "packaged" if stored.shelf.path.parent == PACKAGED else str(stored.shelf.path)
     gain = m.default_ms / m.ms
     kind = f"{stored.record.backend} " if stored.record.backend != "tvm" else ""
-    what = f"{kind}record of L >= {stored.record.length}"
+    what = f"{kind}record of L >= {stored.record.length}, {m.selection} selections"
     return f"{what} ({m.ms:.3g} ms, {gain:.2f}x the default's rate, {m.date}, {where})"
 
 

@@ -39,14 +39,15 @@ def loaded(x: NDArray, dtype: str) -> NDArray:
     return x.astype(np.float64)
 
 
-def local_selection(rng: np.random.Generator, load: Workload, heads: int, K: int) -> NDArray:
-    """Indices int32 [B, L, heads, K], newest first: neighbours share a draw, of which each keeps most, as in trained
-    models (``bench/selections.py`` says how much). The segment ends where the memory does."""
+def timed_selection(rng: np.random.Generator, load: Workload, heads: int, K: int) -> NDArray:
+    """Indices int32 [B, L, heads, K], newest first. Local ones: neighbours share a draw, of which each keeps most, as
+    in trained models (``bench/selections.py`` says how much). The segment ends where the memory does."""
     visible = (np.arange(load.L) + 1) * load.C // load.L
     shape = (load.B, load.L, heads, K)
     draws = rng.random(shape)
-    shared = np.repeat(draws[:, ::SHARED_TOKENS], SHARED_TOKENS, axis=1)[:, : load.L]
-    draws = np.where(rng.random(shape) < REDRAWN, draws, shared)
+    if load.selection == "local":
+        shared = np.repeat(draws[:, ::SHARED_TOKENS], SHARED_TOKENS, axis=1)[:, : load.L]
+        draws = np.where(rng.random(shape) < REDRAWN, draws, shared)
     bound = visible[None, :, None, None]
     index = np.sort((draws * bound).astype(np.int64), -1)
     rank = np.arange(K)
@@ -59,7 +60,7 @@ def timing_case(problem: Problem, pass_name: str, load: Workload, seed: int) -> 
     """Inputs to time: every slot filled where there are chunks enough."""
     rng = np.random.default_rng(seed)
     heads = problem.kv_heads
-    indices = local_selection(rng, load, heads, problem.top_k)
+    indices = timed_selection(rng, load, heads, problem.top_k)
     return _case(problem, pass_name, load, rng, indices, position=max(0, load.C * problem.chunk_size - load.L))
 
 

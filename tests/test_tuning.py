@@ -25,7 +25,7 @@ from hsa_compile.ir import ChunkAttention, ChunkSelect
 from hsa_compile.ir.programs import CpuTile
 from hsa_compile.schedules import ScheduleError, bucket, build, choice, choose, fingerprint, records, resolve
 from hsa_compile.schedules.candidates import CandidateError, CpuLaboratory, Job, Limits
-from hsa_compile.schedules.costs import Machine, Workload, estimate_ms
+from hsa_compile.schedules.costs import Machine, Workload, estimate_ms, union_chunks
 from hsa_compile.schedules.device import Device, device_for
 from hsa_compile.schedules.fingerprint import program_digest
 from hsa_compile.schedules.journal import Journal, JournalError, Trial
@@ -34,6 +34,7 @@ from hsa_compile.schedules.space import refusal, space_for
 from hsa_compile.schedules.strategies import NAMES, Strategy
 from hsa_compile.schedules.tuner import Search, best_so_far, job_flops, record_of
 from hsa_compile.schedules.worker import Worker, WorkerError
+from hsa_compile.schedules.workload import timing_case
 
 PROBLEM = ChunkAttention(2, 1, 32, 16, 4)
 JOB = Job(PROBLEM, "forward", "cpu:native", Workload(1, 256, 16))
@@ -745,3 +746,17 @@ def test_tuning_ends_in_a_record_that_is_used(
     trials = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
     assert all(trial["status"] == "ok" for trial in trials), trials
     assert build(problem, pass_name, length=64).library.exists()
+
+
+def test_a_record_says_on_which_selections_it_was_timed(tmp_path: Path) -> None:
+    local, random = (
+        tuning.jobs_for([PROBLEM], [1024], ["forward"], "cpu:native", selection=kind)[0] for kind in ("local", "random")
+    )
+    loads = [local.load, random.load]
+    assert [load.selection for load in loads] == ["local", "random"]
+    rows = [timing_case(PROBLEM, "forward", load, 0).inputs[3] for load in loads]
+    kept = [float((x[:, 1:] == x[:, :-1]).mean()) for x in rows]
+    assert kept[0] > 0.5 > kept[1]
+    assert union_chunks(16, 8, 100, "random") > 1.5 * union_chunks(16, 8, 100, "local")
+    record = record_of(search(tmp_path, FakeLaboratory(), job=random).run(2))
+    assert record.measured.selection == "random"

@@ -30,6 +30,10 @@ def tune(
     batch: Annotated[int | None, typer.Option(help="Rows. Default: 1, on a GPU as many as fill it.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens of memory. Default: the length, at least 4096.")] = None,
     budget: Annotated[float, typer.Option(min=1, help="Seconds for all.")] = 300.0,
+    selection: Annotated[
+        Literal["local", "random"],
+        typer.Option(help="What neighbouring tokens select: much the same, as in trained models, or each for itself."),
+    ] = "local",
     strategy: Annotated[Literal["learned", "model", "random"], typer.Option(help="Order of the search.")] = "model",
     clock: Annotated[
         Literal["auto", "wall", "cpu"], typer.Option(help="auto: the wall's, or processor time on a busy machine.")
@@ -51,7 +55,7 @@ def tune(
 
         problems = tuning.problems_for(problem, preset, target)
         names = ("forward", "backward") if passes == "both" else (passes,)
-        jobs = tuning.jobs_for(problems, lengths or tuning.LENGTHS[:1], names, target, context, batch)
+        jobs = tuning.jobs_for(problems, lengths or tuning.LENGTHS[:1], names, target, context, batch, selection)
         columns = (BarColumn(), TextColumn("{task.percentage:>3.0f} % {task.description}"), TimeElapsedColumn())
         outcomes, written = [], set()
         try:
