@@ -17,7 +17,7 @@ from hsa_compile.export.memory import Cuda, Device, Host
 log = logging.getLogger("hsa_compile")
 
 Provider = Literal["auto", "cpu", "cuda"]
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _TYPES = {
     "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64",
@@ -60,7 +60,7 @@ class Runtime:
     def describe(self) -> str:
         """Which provider, kernels and schedule records are in use."""
         m = self.manifest
-        lines = [f"ONNX Runtime {ort.__version__}, {_PROVIDERS[self.provider]}, {m.dtype}"]
+        lines = [f"ONNX Runtime {ort.__version__}, {PROVIDERS[self.provider]}, {m.dtype}"]
         if not self.fused:
             return f"{lines[0]}; operators by their function bodies in the graph"
         mine = [kernel for kernel in m.kernels if kernel["target"].startswith(self.provider)]
@@ -92,9 +92,9 @@ def open_runtime(
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base but this
         raise BundleError(f"ONNX Runtime {ort.__version__} cannot open {directory}: {error}") from error
-    if session.get_providers()[0] != _PROVIDERS[chosen]:
+    if session.get_providers()[0] != PROVIDERS[chosen]:
         raise BundleError(
-            f"{_PROVIDERS[chosen]} did not start, ONNX Runtime fell back to {session.get_providers()[0]}: check that "
+            f"{PROVIDERS[chosen]} did not start, ONNX Runtime fell back to {session.get_providers()[0]}: check that "
             "CUDA's and cuDNN's libraries are found (importing torch first does), or ask for the CPU"
         )
     _check_graph(session, manifest)
@@ -122,9 +122,9 @@ def _check_version() -> None:
 
 
 def _chosen(provider: str, manifest: Manifest, fused: bool) -> str:
-    if provider not in ("auto", *_PROVIDERS):
-        raise ValueError(f"provider must be auto, {' or '.join(_PROVIDERS)}, got {provider!r}")
-    has_cuda = _PROVIDERS["cuda"] in ort.get_available_providers()
+    if provider not in ("auto", *PROVIDERS):
+        raise ValueError(f"provider must be auto, {' or '.join(PROVIDERS)}, got {provider!r}")
+    has_cuda = PROVIDERS["cuda"] in ort.get_available_providers()
     if provider == "cuda" and not has_cuda:
         raise BundleError("this ONNX Runtime has no CUDA provider; pip install onnxruntime-gpu, or ask for the CPU")
     if provider == "auto":
@@ -147,4 +147,4 @@ def _session(directory: Path, provider: str, fused: bool, graphs: bool, threads:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     # TF32 would round float32 products to ten bits of mantissa.
     settings = {"cuda": {"use_tf32": "0", "enable_cuda_graph": str(int(graphs))}, "cpu": {}}
-    return ort.InferenceSession(str(directory / GRAPH), options, providers=[(_PROVIDERS[provider], settings[provider])])
+    return ort.InferenceSession(str(directory / GRAPH), options, providers=[(PROVIDERS[provider], settings[provider])])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import torch
-from torch import Tensor
 
 from hsa_compile.model.data import stack, text_sample
 from hsa_compile.model.model import HsaModel, sequence_loss
@@ -18,11 +17,8 @@ def text_loss(model: HsaModel, text: bytes | Tokens, length: int, samples: int =
     rng = random.Random(f"{seed} text")
     was_training = model.training
     model.eval()
-    ids, targets, weights = (x.to(model.embedding.weight.device) for x in _excerpts(rng, text, length, samples))
+    excerpts = stack([text_sample(rng, text, length) for _ in range(samples)])
+    ids, targets, weights = (x.to(model.embedding.weight.device) for x in excerpts)
     loss = float(sequence_loss(model(ids), targets, weights))
     model.train(was_training)
     return loss
-
-
-def _excerpts(rng: random.Random, text: bytes | Tokens, length: int, samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    return stack([text_sample(rng, text, length) for _ in range(samples)])

@@ -19,12 +19,12 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from hsa_compile.bench.dense import DenseModel
+from hsa_compile.export.runtime import PROVIDERS
 from hsa_compile.model.layers import NORM_EPS, SwaLayer, rotations
 
 MICROSOFT = "com.microsoft"
 OPSET = 23  # RMSNormalization
 SEGMENT = 512  # the CPU's kernel keeps the scores [H, L, T] of a step
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 class _Graph:

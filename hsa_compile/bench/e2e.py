@@ -19,6 +19,7 @@ from rich.table import Table
 from hsa_compile.bench.record import common_keys
 from hsa_compile.bench.runtimes import RUNTIMES, Setup
 from hsa_compile.export.bundle import BundleError, read_manifest
+from hsa_compile.export.runtime import PROVIDERS
 from hsa_compile.model.checkpoint import read_config
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.schedules.worker import Worker, WorkerError
@@ -60,7 +61,7 @@ def run(
     manifest = read_manifest(bundle, [])
     if checkpoint is not None and read_config(checkpoint)[0] != ModelConfig.from_dict(manifest.model):
         raise BundleError(f"{bundle} is not of the model in {checkpoint}; export that, or leave it out")
-    if device == "cuda" and "CUDAExecutionProvider" not in ort.get_available_providers():
+    if device == "cuda" and PROVIDERS["cuda"] not in ort.get_available_providers():
         raise BundleError("this ONNX Runtime has no CUDA provider; pip install onnxruntime-gpu, or measure on the CPU")
     ids = np.random.default_rng(seed).integers(0, manifest.model["vocab_size"], max(lengths)).tolist()
     common = {**common_keys("e2e", seed, device), "batch": 1}

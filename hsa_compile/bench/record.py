@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,6 @@ import torch
 
 from hsa_compile.schedules.device import cpu_name
 
-RESULTS = Path("benchmarks/results")
 _PACKAGES = ("hsa-compile", "torch", "numpy", "onnxruntime", "apache-tvm", "tilelang", "triton", "fla-core")
 
 
@@ -67,15 +65,6 @@ def timed_replay(run: Callable[[], object]) -> Timing:
     with torch.cuda.graph(graph):
         run()
     return timed_gpu(graph.replay)
-
-
-def device_folder(device: str = "cpu") -> str:
-    """The device's folder under ``benchmarks/results``: ``cpu-2core``, ``h100``."""
-    if device == "cpu":
-        return f"cpu-{os.cpu_count()}core"
-    name = torch.cuda.get_device_name()
-    model = re.search(r"\b([A-Z]+\d+)\b", name)
-    return model.group(1).lower() if model else re.sub(r"\W+", "-", name.lower())
 
 
 def _commit() -> str:

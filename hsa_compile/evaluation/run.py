@@ -205,10 +205,10 @@ class Evaluation:
         return any(line["L"] == length and line["seed"] == self.plan.seed for line in self.journal.of("ppl"))
 
     def _perplexity(self, length: int, logits: Tensor, state: State) -> None:
-        parts = [losses(self.model, logits, state, text) for text in self.samples.continuations()]
-        tokens = sum(len(text) for text in self.samples.continuations())
+        texts = list(self.samples.continuations())
+        parts = [losses(self.model, logits, state, text) for text in texts]
         line = {"kind": "ppl", "L": length, "seed": self.plan.seed, "nats": [round(x, 5) for x in parts]}
-        self.journal.write(line | {"tokens": tokens})
+        self.journal.write(line | {"tokens": sum(map(len, texts))})
 
     def _in_time(self) -> None:
         if self.plan.seconds and time.perf_counter() - self._begun > self.plan.seconds:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,12 @@ def prepare(
     tokens = _held_out(known, str(text) if text is not None else recipe.get("data"))
     samples = Samples(known, tokens, plan.seed, plan.patch_from)
     model = load_checkpoint(checkpoint, device).to(DTYPES[dtype])
-    weights = _digest(b"".join(path.read_bytes() for path in weight_files(checkpoint)))
-    about = {"weights": weights, "text": _digest(tokens.tobytes()), "dtype": dtype, "patch_from": plan.patch_from}
+    about = {
+        "weights": _digest_of(weight_files(checkpoint)),
+        "text": _digest(tokens.tobytes()),
+        "dtype": dtype,
+        "patch_from": plan.patch_from,
+    }
     return Subject(model, samples, about, recipe.get("length"))
 
 
@@ -88,3 +93,12 @@ def _held_out(known: Codec, text: str | None) -> NDArray[np.integer]:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _digest_of(files: Iterable[Path]) -> str:
+    """Of files, one after the other, none of which is held in memory."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()[:16]
