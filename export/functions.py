@@ -10,6 +10,7 @@ from __future__ import annotations
 import onnx
 from onnx import parser
 
+from hsa_compile.export.fused_functions import FUSED_BODIES
 from hsa_compile.export.schema import DOMAIN, OPSET
 
 STANDARD_OPSET = 24  # the first with TensorScatter, which the models need for their state
@@ -280,10 +281,12 @@ SlidingWindow (q, k, v, past_k, past_v, position, lengths) => (o, present_k, pre
 }
 """
 
+_BODIES = (_CHUNK_SELECT, _CHUNK_ATTENTION, _SLIDING_WINDOW, *FUSED_BODIES)
+
 
 def function_bodies() -> list[onnx.FunctionProto]:
     """The operators of domain ``hsa`` as functions over standard opset ``STANDARD_OPSET``."""
-    return [parser.parse_function(text) for text in (_CHUNK_SELECT, _CHUNK_ATTENTION, _SLIDING_WINDOW)]
+    return [parser.parse_function(text) for text in _BODIES]
 
 
 def attach_functions(model: onnx.ModelProto) -> None:

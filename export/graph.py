@@ -16,6 +16,7 @@ from onnxscript.values import Opset
 from hsa_compile.export import schema
 from hsa_compile.export.bundle import TensorSpec
 from hsa_compile.export.functions import STANDARD_OPSET, attach_functions
+from hsa_compile.export.fuse import drop_unused, fuse, value_shapes
 from hsa_compile.export.step import Segment, StaticStep
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
@@ -85,6 +86,7 @@ def export_graph(model: HsaModel, path: Path, external_data_above: int = EXTERNA
     program.save(str(path), external_data=size > external_data_above)
     proto = onnx.load(str(path), load_external_data=False)
     fix_shapes(proto.graph)
+    fuse(proto.graph)
     _strip(proto.graph)
     del proto.metadata_props[:]
     _name_dimensions(proto, model.config)
@@ -177,10 +179,11 @@ def _translations() -> dict[Any, Any]:
         return _standard.TensorScatter(cache, update, start, axis=1)
 
     def rotary(x: Any, cos: Any, sin: Any) -> Any:
+        # In float, as the angles are; ``fuse`` makes it a part of what it belongs to.
         H, D = (int(d) for d in x.shape[2:])
-        flat = _standard.Reshape(x, _standard.Constant(value_ints=[0, 0, H * D]))
+        flat = _standard.Reshape(_standard.Cast(x, to=1), _standard.Constant(value_ints=[0, 0, H * D]))
         rotated = _standard.RotaryEmbedding(flat, cos, sin, num_heads=H)
-        return _standard.Reshape(rotated, _standard.Constant(value_ints=[0, 0, H, D]))
+        return _standard.CastLike(_standard.Reshape(rotated, _standard.Constant(value_ints=[0, 0, H, D])), x)
 
     def whole_part(x: Any, divisor: Any, rounding_mode: str) -> Any:
         # The exporter's own goes through floats, which do not hold every position.
@@ -208,8 +211,7 @@ def fix_shapes(graph: onnx.GraphProto) -> None:
     Raises:
         ValueError: a Reshape has more than one dynamic dimension that does not stay.
     """
-    shapes = {v.name: _shape(v) for v in (*graph.value_info, *graph.input, *graph.output)}
-    shapes |= {i.name: tuple(i.dims) for i in graph.initializer}
+    shapes = value_shapes(graph)
     constant = {i.name for i in graph.initializer}
     for node in graph.node:
         if node.op_type == "Reshape" and node.input[1] not in constant:
@@ -218,7 +220,7 @@ def fix_shapes(graph: onnx.GraphProto) -> None:
             graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [len(target)], target))
             node.input[1] = name
             del node.attribute[:]  # allowzero, which would take the 0 for itself
-    _drop_unused(graph)
+    drop_unused(graph)
 
 
 def _target(before: tuple[int | str, ...], after: tuple[int | str, ...], name: str) -> list[int]:
@@ -227,25 +229,6 @@ def _target(before: tuple[int | str, ...], after: tuple[int | str, ...], name: s
     if target.count(-1) > 1:
         raise ValueError(f"{name} reshapes {before} to {after}, which no constant shape says; export another form")
     return target
-
-
-def _shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
-    dims = value.type.tensor_type.shape.dim
-    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in dims)
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {value.name for value in graph.output}
-    kept = []
-    for node in reversed(graph.node):
-        if used & set(node.output):
-            kept.append(node)
-            used |= set(node.input)
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
-    initializers = [i for i in graph.initializer if i.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(initializers)
 
 
 def _strip(graph: onnx.GraphProto) -> None:

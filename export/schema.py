@@ -11,7 +11,7 @@ DOMAIN = "hsa"
 OPSET = 1
 
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-_TYPES = [("T", _FLOATS, "Type of the queries and of the memory; sums are accumulated in float.")]
+_TYPES = [("T", _FLOATS, "Type of what goes through the model and of its memory; sums are accumulated in float.")]
 
 _SELECT_DOC = """
 Selects the K best visible chunks of every token and kv head. Chunk i is visible to token t (position[b] + l) iff
@@ -31,6 +31,26 @@ p = position[b] + i and sees keys j with p - W < j <= p and j >= 0. Keys from po
 ring, key j in slot j mod W. Scores are q·k/sqrt(D); q and k come rotated. Only the first lengths[b] tokens of a row
 count; the output of the others is finite and means nothing. present_k and present_v are the rings after those tokens:
 slot j mod W holds key j for the last W of them. They may be written over past_k and past_v.
+"""
+
+_ADD_NORM_DOC = """
+sum = x + added, rounded to T; normed = sum / sqrt(mean(sum^2) + epsilon) * weight over the last dimension, computed in
+float. What adds to a residual stream and norms it for what comes next.
+"""
+
+_RMS_NORM_DOC = """
+normed = x / sqrt(mean(x^2) + epsilon) * weight over the last dimension, computed in float and rounded once.
+"""
+
+_ROTARY_HEADS_DOC = """
+Queries, keys and values out of one product: qkv holds Hq heads of queries, Hkv of keys and Hkv of values, of width D
+each. With normalize, queries and keys are x / sqrt(mean(x^2) + epsilon) * weight a head. Then they are turned: element
+i of the first half and element i of the second, (a, b), become (a*cos - b*sin, b*cos + a*sin). Computed in float and
+rounded once.
+"""
+
+_SWIGLU_DOC = """
+o = silu(gate) * up, where gate_up's last dimension holds gate, then up; silu(x) = x / (1 + exp(-x)).
 """
 
 
@@ -60,6 +80,8 @@ def _attribute(name: str, doc: str, default: float | None) -> Any:
         return defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.INT, doc, required=True)
     return defs.OpSchema.Attribute(name, make_attribute(name, default), doc)
 
+
+_EPSILON = ("added to the mean square", 1e-6)
 
 _SCHEMAS = (
     _schema(
@@ -116,6 +138,45 @@ _SCHEMAS = (
             "present_k": ("T", "[B, W, Hkv, D]"),
             "present_v": ("T", "[B, W, Hkv, D]"),
         },
+        attributes={},
+    ),
+    _schema(
+        "AddNorm",
+        _ADD_NORM_DOC,
+        inputs={"x": ("T", "[..., d]"), "added": ("T", "[..., d]"), "weight": ("T", "[d]")},
+        outputs={"sum": ("T", "[..., d]"), "normed": ("T", "[..., d]")},
+        attributes={"epsilon": _EPSILON},
+    ),
+    _schema(
+        "RmsNorm",
+        _RMS_NORM_DOC,
+        inputs={"x": ("T", "[..., d]"), "weight": ("T", "[d]")},
+        outputs={"normed": ("T", "[..., d]")},
+        attributes={"epsilon": _EPSILON},
+    ),
+    _schema(
+        "RotaryHeads",
+        _ROTARY_HEADS_DOC,
+        inputs={
+            "qkv": ("T", "[B, L, (Hq + 2*Hkv)*D]"),
+            "q_weight": ("T", "[D]"),
+            "k_weight": ("T", "[D]"),
+            "cos": ("tensor(float)", "[B or 1, L, D/2]"),
+            "sin": ("tensor(float)", "[B or 1, L, D/2]"),
+        },
+        outputs={"q": ("T", "[B, L, Hq, D]"), "k": ("T", "[B, L, Hkv, D]"), "v": ("T", "[B, L, Hkv, D]")},
+        attributes={
+            "num_heads": ("Hq", None),
+            "kv_num_heads": ("Hkv", None),
+            "normalize": ("1: norm queries and keys a head; 0: their weights are not looked at", 1),
+            "epsilon": _EPSILON,
+        },
+    ),
+    _schema(
+        "SwiGlu",
+        _SWIGLU_DOC,
+        inputs={"gate_up": ("T", "[..., 2*n]")},
+        outputs={"o": ("T", "[..., n]")},
         attributes={},
     ),
 )

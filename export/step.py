@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hsa_compile.export.window import rotary, sliding_window
+from hsa_compile.export.window import sliding_window
 from hsa_compile.model.cache import cache_write
 from hsa_compile.model.encoder import Memory
+from hsa_compile.model.layers import rotary
 from hsa_compile.model.model import HsaModel
 
 
@@ -102,13 +103,12 @@ class StaticStep(nn.Module):
         return self.model.config.chunk_size
 
     def _rotations(self, position_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [B, L, D/2] in the model's type, exact at any position: angles are float64 up to here."""
+        """Cosines and sines [B, L, D/2] in float32, exact at any position: angles are float64 up to here."""
         c = self.model.config
         exponent = torch.arange(0, c.swa_head_dim, 2, dtype=torch.float32) / c.swa_head_dim
         frequency = (c.rope_base**-exponent).double()  # that of ``model.layers.rotations``, to the bit
         angle = position_BL.double()[..., None] * frequency
-        dtype = self.model.embedding.weight.dtype
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return angle.cos().float(), angle.sin().float()
 
     def _remember(
         self,

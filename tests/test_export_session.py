@@ -425,7 +425,11 @@ def test_bundle_without_library_runs_by_its_functions(copy: Path) -> None:
 
 def test_graph_is_clean(bundle: Path) -> None:
     proto = onnx.load(bundle / "model.onnx", load_external_data=False)
-    assert {f.name for f in proto.functions} == {"ChunkSelect", "ChunkAttention", "SlidingWindow"}
+    fused = {"AddNorm", "RmsNorm", "RotaryHeads", "SwiGlu"}
+    assert {f.name for f in proto.functions} == {"ChunkSelect", "ChunkAttention", "SlidingWindow", *fused}
+    # Nothing is left of what they are composed of.
+    assert not {node.op_type for node in proto.graph.node} & {"RMSNormalization", "RotaryEmbedding", "Sigmoid"}
+    assert fused <= {node.op_type for node in proto.graph.node}
     on_the_host = {"Shape", "Size", "Range", "Expand", "If", "Loop", "GatherND"}
     assert not {node.op_type for node in proto.graph.node} & on_the_host
     assert {o.domain: o.version for o in proto.opset_import} == {"": 24, "hsa": 1}

@@ -19,9 +19,9 @@ from torch import Tensor
 from export_kit import operator_model
 from hsa_compile.export.graph import fix_shapes, state_specs
 from hsa_compile.export.step import StaticStep, Windows
-from hsa_compile.export.window import rotary, sliding_window
+from hsa_compile.export.window import sliding_window
 from hsa_compile.model.config import ModelConfig
-from hsa_compile.model.layers import rotate
+from hsa_compile.model.layers import rotary, rotate
 from hsa_compile.model.model import HsaModel
 from kit import lively
 

@@ -37,6 +37,9 @@ const hsa_kernel* find_kernel(const Call& call) {
   raise_no_kernel(call.problem, false, "CPUs");
 }
 
+/* Of passes over rows: below, one thread is as fast as several. */
+constexpr int64_t kElementsATask = 1 << 14, kTasksAThread = 4;
+
 struct Fork {
   void (*work)(void*);
   void* job;
@@ -62,7 +65,7 @@ int32_t thread_count() {
 }  // namespace
 
 bool Cpu::serves(int32_t op, int32_t dtype) {
-  return std::any_of(hsa_entries, hsa_entries + hsa_entry_count,
+  return op > HSA_SLIDING_WINDOW || std::any_of(hsa_entries, hsa_entries + hsa_entry_count,
                      [&](const hsa_entry& entry) { return entry.cpu && entry.op == op && entry.dtype == dtype; });
 }
 
@@ -71,6 +74,21 @@ void Cpu::fill(void* data, int32_t byte, int64_t bytes, ort::KernelContext*) { s
 void Cpu::run(const Call& call, ort::KernelContext* context) {
   const int failed = hsa_execute(find_kernel(call), call.tensors.data(), call.dims, thread_count(), parallel, context);
   require(!failed, std::string(kOpNames[call.problem.op]) + ": out of memory", ort::kFail);
+}
+
+void Cpu::run(const hsa_pass& pass, ort::KernelContext* context) {
+  const int64_t elements = pass.rows * pass.width * (pass.op == HSA_ROTARY_HEADS ? pass.q_heads + 2 * pass.kv_heads : 1);
+  const int64_t parts = std::min({pass.rows, elements / kElementsATask, int64_t(thread_count()) * kTasksAThread});
+  if (parts < 2) return hsa_cpu_pass(&pass, 0, pass.rows);
+  struct Job {
+    const hsa_pass& pass;
+    int64_t parts;
+  } job{pass, parts};
+  const auto part = [](void* argument, size_t i) {
+    const Job& job = *static_cast<const Job*>(argument);
+    hsa_cpu_pass(&job.pass, job.pass.rows * i / job.parts, job.pass.rows * (i + 1) / job.parts);
+  };
+  check(api.KernelContext_ParallelFor(context, part, parts, 0, &job));
 }
 
 }  // namespace hsa

@@ -10,7 +10,9 @@
 extern "C" {
 #endif
 
-enum { HSA_CHUNK_SELECT = 0, HSA_CHUNK_ATTENTION = 1, HSA_SLIDING_WINDOW = 2, HSA_OPS = 3, HSA_STATICS = 6 };
+/* The operators; kernels are compiled for problems of the first three, the others are whole in fused.cu and fused.cc. */
+enum { HSA_CHUNK_SELECT, HSA_CHUNK_ATTENTION, HSA_SLIDING_WINDOW, HSA_ADD_NORM, HSA_RMS_NORM, HSA_ROTARY_HEADS, HSA_SWIGLU };
+enum { HSA_STATICS = 6 };
 enum { HSA_FLOAT32 = 0, HSA_FLOAT16 = 1, HSA_BFLOAT16 = 2, HSA_DTYPES = 3 };
 
 /* A kind of machine. CPUs: level of x86-64, 0 for what runs on all machines of this library's kind. GPUs: capability is
