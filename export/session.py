@@ -321,7 +321,8 @@ class Session:
             ends = (start < lengths) & (lengths <= start + L)
             last = np.where(ends, taken - 1 - (L - upper), 0)[:, None]
             ending = [sampler if end else None for sampler, end in zip(samplers, ends)]
-            yield ends, self._run(part, taken, upper, last, ending)
+            # Not by the decoder, even if it is one token: a CUDA graph costs more than it saves where nothing follows.
+            yield ends, self._binding.run(part, taken, upper, last, Choices.of(ending))
 
     def _run(self, ids: Ids, lengths: Ids, upper: int, logits_at: Ids, samplers: Samplers) -> Step:
         """What comes after tokens ``logits_at`` [B, w] of the last ``upper`` ones, those of the upper half."""

@@ -131,6 +131,16 @@ def test_sampling_repeats_by_seed(bundle: Path) -> None:
     assert stopped == texts[0][: texts[0].index(texts[0][4])]
 
 
+def test_reading_a_prompt_prepares_no_decoding(bundle: Path) -> None:
+    """On a GPU each preparation is a CUDA graph, which ONNX Runtime keeps: a server reads prompts in forks."""
+    session = Session(bundle).fork()
+    prompt = tokens(1, 5)[0]
+    want = session.prefill(prompt, segment=4)  # the last of one token
+    assert not session._decoder._bound
+    session.reset()
+    np.testing.assert_allclose(session.step(prompt)[:, -1], want, atol=TOLERANCE)
+
+
 def test_samplers_refuse_what_is_out_of_range() -> None:
     bad: Any
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": float("nan")}):
