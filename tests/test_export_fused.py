@@ -232,7 +232,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Pass, Tensor
         places = [x if x is None else x.data_ptr() for x in tensors]
         rows = inputs[0].numel() // inputs[0].shape[-1]
         angles = inputs[3].shape[0] * inputs[3].shape[1] if p.op == "RotaryHeads" else 0
-        which = 3 + ("AddNorm", "RmsNorm", "RotaryHeads", "SwiGlu").index(p.op)
+        which = 4 + ("AddNorm", "RmsNorm", "RotaryHeads", "SwiGlu").index(p.op)
         sizes = (which, list(DTYPES).index(str(inputs[0].dtype).removeprefix("torch.")), rows, p.shape[-1], 1e-3)
         asked = EmulatedPass(*sizes, int(p.normalize), *p.heads, angles, (ctypes.c_void_p * 8)(*places))
         assert kernel(ctypes.byref(asked), None) == 0

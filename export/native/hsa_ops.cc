@@ -1,5 +1,5 @@
 /* Registers the operators of domain hsa with ONNX Runtime: for its CPU provider those that the library has kernels for and
- * those that need none (fused_ops.h), for its CUDA provider, where the library was built with it, all of them. */
+ * those that need none; for its CUDA provider, where the library was built with it, all of them. */
 #include <iterator>
 
 #include "fused_ops.h"
@@ -14,7 +14,8 @@ namespace {
 constexpr const char* kStaticNames[][HSA_STATICS] = {
     {"kv_heads", "retrieval_heads", "retrieval_dim", "chunk_size", "top_k", "window"},
     {"q_heads", "kv_heads", "head_dim", "chunk_size", "top_k", "off_by_one"},
-    {"q_heads", "kv_heads", "head_dim", "window", nullptr, nullptr}};
+    {"q_heads", "kv_heads", "head_dim", "window", nullptr, nullptr},
+    {"vocabulary", nullptr, nullptr, nullptr, nullptr, nullptr}};
 constexpr ort::Element kElements[HSA_DTYPES] = {ort::kFloat, ort::kFloat16, ort::kBFloat16};
 
 Problem problem_of(const hsa_entry& entry) {
@@ -151,6 +152,14 @@ void infer(const RotaryHeads*, ort::InferContext* context) {
   }
 }
 
+void infer(const Sample*, ort::InferContext* context) {
+  Shape shape;
+  if (!shape.read(context, 0) || shape.dims.size() != 3) return;
+  shape.dims.pop_back(), shape.symbols.pop_back();
+  shape.element = ort::kInt64;
+  shape.write(context, 0);
+}
+
 // ---------------------------------------------------------------------------------------------------- registration
 
 template <typename Op, typename Provider, int32_t Dtype>
@@ -216,6 +225,7 @@ void add_each(ort::CustomOpDomain* domain) {
 template <typename Provider>
 void add_operators(ort::CustomOpDomain* domain) {
   add_each<Provider, Select, Attention, Window, AddNorm, RmsNorm, RotaryHeads, SwiGlu>(domain);
+  add<Sample, Provider, HSA_FLOAT32>(domain);
 }
 
 ort::CustomOpDomain* create_domain() {
