@@ -14,7 +14,7 @@ from hsa_compile.ir.programs import GpuTile
 from hsa_compile.ir.programs.gpu.attention_warpgroups import LOADER_REGISTERS, REGISTERS, ROWS_EACH, THREADS_EACH
 from hsa_compile.ir.programs.gpu.window_places import LOG2E, LOWEST, of_row
 
-MULTIPROCESSORS = 132  # of an H100 or H200
+MULTIPROCESSORS = 132  # of an H100 or H200 with SXM; with fewer, blocks that find no room make a second wave
 WARP_ROWS = 16
 
 
