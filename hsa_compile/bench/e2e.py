@@ -26,7 +26,7 @@ from hsa_compile.schedules.worker import Worker, WorkerError
 
 log = logging.getLogger("hsa_compile")
 
-LENGTHS = (4096, 8192, 16_384, 32_768)
+LENGTHS = {"cpu": (4096, 8192, 16_384, 32_768), "cuda": tuple(4096 << 2 * i for i in range(5))}  # by default
 METRICS = {
     "prefill_tokens_per_s": "prefill, tokens/s",
     "ttft_ms": "time to first token, ms",
@@ -39,7 +39,7 @@ OPENING_SECONDS = 300.0
 def run(
     bundle: Path,
     checkpoint: Path | None = None,
-    lengths: Sequence[int] = LENGTHS,
+    lengths: Sequence[int] = LENGTHS["cpu"],
     seconds: float = 60.0,
     device: str = "cpu",
     seed: int = 0,
