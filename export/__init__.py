@@ -5,7 +5,8 @@
     library.build_library   kernels → ONNX Runtime operators      needs a C++ compiler
     text.load_tokenizer     the bundle's tokenizer            needs the package tokenizers, where it is not bytes
     step, window            the model's step with static shapes, in PyTorch
-    graph, functions        its graph, and the operators' bodies in standard ONNX
+    graph, fuse             its graph, and how that takes few passes over memory
+    schema, functions       the operators, and their bodies in standard ONNX
 
 The names below load their module when they are first used, so that running a bundle needs none of what made it.
 """

@@ -16,6 +16,7 @@ from onnxscript.values import Opset
 from hsa_compile.export import schema
 from hsa_compile.export.bundle import TensorSpec
 from hsa_compile.export.functions import STANDARD_OPSET, attach_functions
+from hsa_compile.export.fuse import drop_unused, fuse, value_shapes
 from hsa_compile.export.step import Segment, StaticStep
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.model import HsaModel
@@ -57,7 +58,7 @@ def export_graph(model: HsaModel, path: Path, external_data_above: int = EXTERNA
     """Writes the model's step (``step.StaticStep``) as ONNX, with the operators' function bodies.
 
     Inputs are the fields of ``step.Segment`` and ``past.<state>``; outputs ``logits`` float [batch, wanted, V],
-    ``token`` int64 [batch, wanted], their likeliest tokens, and ``present.<state>``, see ``state_specs``. Each
+    ``token`` int64 [batch, wanted], chosen from them, and ``present.<state>``, see ``state_specs``. Each
     ``present`` may be bound to the buffer of its ``past``.
 
     Args:
@@ -85,6 +86,7 @@ def export_graph(model: HsaModel, path: Path, external_data_above: int = EXTERNA
     program.save(str(path), external_data=size > external_data_above)
     proto = onnx.load(str(path), load_external_data=False)
     fix_shapes(proto.graph)
+    fuse(proto.graph)
     _strip(proto.graph)
     del proto.metadata_props[:]
     _name_dimensions(proto, model.config)
@@ -144,6 +146,9 @@ def _example(config: ModelConfig, dtype: str) -> tuple[Any, ...]:
         upper=torch.arange(L - 2, L),
         logits_at=torch.zeros(B, 4, dtype=torch.int64),
         completing=torch.arange(B * n).view(B, n),
+        temperature=torch.zeros(B),
+        top_p=torch.ones(B),
+        uniform=torch.zeros(B),
     )
     return (*segment, position, pending, *rings, *memory)
 
@@ -156,7 +161,7 @@ def _dynamic_shapes(model: HsaModel) -> tuple[Any, ...]:
     rings = [{0: batch}] * len(model.swa_layers())
     return (
         {0: batch, 1: segment}, {0: batch}, {0: batch}, {0: segment}, {0: upper}, {0: batch, 1: wanted},
-        {0: batch, 1: completing}, {0: batch}, {0: batch}, rings, rings, rows, rows, {0: batch, 1: capacity},
+        {0: batch, 1: completing}, *[{0: batch}] * 5, rings, rings, rows, rows, {0: batch, 1: capacity},
     )  # fmt: skip
 
 
@@ -173,14 +178,18 @@ def _translations() -> dict[Any, Any]:
     def window(q: Any, k: Any, v: Any, past_k: Any, past_v: Any, position: Any, lengths: Any) -> Any:
         return _hsa.SlidingWindow(q, k, v, past_k, past_v, position, lengths)
 
+    def sample(logits: Any, temperature: Any, top_p: Any, uniform: Any) -> Any:
+        return _hsa.Sample(logits, temperature, top_p, uniform)
+
     def cache_write(cache: Any, update: Any, start: Any) -> Any:
         return _standard.TensorScatter(cache, update, start, axis=1)
 
     def rotary(x: Any, cos: Any, sin: Any) -> Any:
+        # In float, as the angles are; ``fuse`` makes it a part of what it belongs to.
         H, D = (int(d) for d in x.shape[2:])
-        flat = _standard.Reshape(x, _standard.Constant(value_ints=[0, 0, H * D]))
+        flat = _standard.Reshape(_standard.Cast(x, to=1), _standard.Constant(value_ints=[0, 0, H * D]))
         rotated = _standard.RotaryEmbedding(flat, cos, sin, num_heads=H)
-        return _standard.Reshape(rotated, _standard.Constant(value_ints=[0, 0, H, D]))
+        return _standard.CastLike(_standard.Reshape(rotated, _standard.Constant(value_ints=[0, 0, H, D])), x)
 
     def whole_part(x: Any, divisor: Any, rounding_mode: str) -> Any:
         # The exporter's own goes through floats, which do not hold every position.
@@ -193,6 +202,7 @@ def _translations() -> dict[Any, Any]:
         ops.chunk_select.default: select,
         ops.chunk_attention.default: attention,
         ops.sliding_window.default: window,
+        ops.sample.default: sample,
         ops.cache_write.default: cache_write,
         ops.rotary.default: rotary,
         torch.ops.aten.div.Tensor_mode: whole_part,
@@ -208,8 +218,7 @@ def fix_shapes(graph: onnx.GraphProto) -> None:
     Raises:
         ValueError: a Reshape has more than one dynamic dimension that does not stay.
     """
-    shapes = {v.name: _shape(v) for v in (*graph.value_info, *graph.input, *graph.output)}
-    shapes |= {i.name: tuple(i.dims) for i in graph.initializer}
+    shapes = value_shapes(graph)
     constant = {i.name for i in graph.initializer}
     for node in graph.node:
         if node.op_type == "Reshape" and node.input[1] not in constant:
@@ -218,7 +227,7 @@ def fix_shapes(graph: onnx.GraphProto) -> None:
             graph.initializer.append(onnx.helper.make_tensor(name, onnx.TensorProto.INT64, [len(target)], target))
             node.input[1] = name
             del node.attribute[:]  # allowzero, which would take the 0 for itself
-    _drop_unused(graph)
+    drop_unused(graph)
 
 
 def _target(before: tuple[int | str, ...], after: tuple[int | str, ...], name: str) -> list[int]:
@@ -227,25 +236,6 @@ def _target(before: tuple[int | str, ...], after: tuple[int | str, ...], name: s
     if target.count(-1) > 1:
         raise ValueError(f"{name} reshapes {before} to {after}, which no constant shape says; export another form")
     return target
-
-
-def _shape(value: onnx.ValueInfoProto) -> tuple[int | str, ...]:
-    dims = value.type.tensor_type.shape.dim
-    return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param for d in dims)
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {value.name for value in graph.output}
-    kept = []
-    for node in reversed(graph.node):
-        if used & set(node.output):
-            kept.append(node)
-            used |= set(node.input)
-    del graph.node[:]
-    graph.node.extend(reversed(kept))
-    initializers = [i for i in graph.initializer if i.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(initializers)
 
 
 def _strip(graph: onnx.GraphProto) -> None:
@@ -270,6 +260,7 @@ def _name_dimensions(proto: onnx.ModelProto, config: ModelConfig) -> None:
         "upper": ("upper",),
         "logits_at": ("batch", "wanted"),
         "completing": ("batch", "completing"),
+        **dict.fromkeys(("temperature", "top_p", "uniform"), ("batch",)),
         "logits": ("batch", "wanted", config.vocab_size),
         "token": ("batch", "wanted"),
     }

@@ -27,6 +27,8 @@ _NATIVE = Path(str(resources.files("hsa_compile.export.native")))
 _HOST = Path(str(resources.files("hsa_compile.schedules.host")))
 _C_FLAGS = ["-std=c11", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall"]
 _CXX_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall"]
+# Rows by vector instructions: no value is looked at for what it raises, only for what it is.
+_FUSED_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", *_CXX_FLAGS[2:]]
 _NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The runtimes are linked in, so that the library depends on libc alone; CUDA's looks for the driver when it is used.
 _LINK_FLAGS = ["-shared", "-static-libstdc++", "-static-libgcc", "-Wl,--no-undefined", "-pthread"]
@@ -71,10 +73,10 @@ class LibraryError(RuntimeError):
 def build_library(kernels: Sequence[KernelObjects | Served], destination: Path) -> Path:
     """Links the kernels into an ONNX Runtime operator library.
 
-    The library has ONNX Runtime's CPU provider run the operators and types that it has CPU kernels of. For several
-    levels of CPU the best that the machine has is picked when a session runs. With GPU kernels, the CUDA provider runs
-    all three operators, in float32, float16 and bfloat16: by the compiled kernel of the problem, by plain kernels where
-    there is none.
+    The library has ONNX Runtime's CPU provider run the operators and types that it has CPU kernels of, and those that
+    need none compiled (``fuse``). For several levels of CPU the best that the machine has is picked when a session
+    runs. With GPU kernels, the CUDA provider runs all operators, in float32, float16 and bfloat16: by the compiled
+    kernel of the problem, by plain kernels where there is none.
 
     Args:
         kernels: forward kernels, one for each problem, target and length.
@@ -182,12 +184,14 @@ def _compile(scratch: Path, served: Sequence[Served]) -> Path:
     define = ["-DHSA_CUDA"] if gpu else []
     jobs = [([*cc, *_C_FLAGS, *include], host / "execute.c")]
     jobs += [([*cxx, *_CXX_FLAGS, *define, *include], native / name) for name in ("hsa_ops.cc", "cpu.cc")]
+    jobs += [([*cxx, *_FUSED_FLAGS, *include], native / "fused.cc")]
     link = [*cxx, *_LINK_FLAGS]
     if gpu:
         nvcc = cuda_compiler()
         code = [f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}" for arch in gpu]
         jobs += [([*cxx, *_CXX_FLAGS, *include], native / "cuda.cc")]
-        jobs += [([nvcc, *_NVCC_FLAGS, *code, *include], native / "plain.cu")]
+        sources = ("plain.cu", "sample.cu", "fused.cu")
+        jobs += [([nvcc, *_NVCC_FLAGS, *code, *include], native / name) for name in sources]
         link = [nvcc, *_CUDA_LINK_FLAGS]
     own = [_object(command, source) for command, source in jobs]
     kernels = [_relocatable(scratch, one, symbol) for symbol, one in zip(_symbols(served), served)]

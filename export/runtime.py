@@ -27,8 +27,9 @@ _TYPES = {
 # The first with TensorScatter on the CPU, by which a step writes the chunk memory in place.
 MINIMUM_RUNTIME = (1, 25)
 
-# Tokens of a prefill segment. Function bodies gather the keys and values of every token, so they take fewer.
-SEGMENTS = {"cpu": 512, "cuda": 8192}
+# Tokens of a prefill segment, of all rows. An H100 reads 17 % more tokens/s by 32 768 than by 8192. Function bodies
+# gather the keys and values of every token, so they take fewer.
+SEGMENTS = {"cpu": 512, "cuda": 32_768}
 SEGMENT_BY_FUNCTIONS = 128
 
 
@@ -55,7 +56,7 @@ class Runtime:
 
     @property
     def segment(self) -> int:
-        """Tokens of a prefill segment."""
+        """Tokens of a prefill segment, of all rows."""
         return SEGMENTS[self.provider] if self.fused else SEGMENT_BY_FUNCTIONS
 
     def describe(self) -> str:

@@ -11,7 +11,7 @@ DOMAIN = "hsa"
 OPSET = 1
 
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
-_TYPES = [("T", _FLOATS, "Type of the queries and of the memory; sums are accumulated in float.")]
+_TYPES = [("T", _FLOATS, "Type of what goes through the model and of its memory; sums are accumulated in float.")]
 
 _SELECT_DOC = """
 Selects the K best visible chunks of every token and kv head. Chunk i is visible to token t (position[b] + l) iff
@@ -33,6 +33,33 @@ count; the output of the others is finite and means nothing. present_k and prese
 slot j mod W holds key j for the last W of them. They may be written over past_k and past_v.
 """
 
+_SAMPLE_DOC = """
+Chooses a token from each row of logits. With temperature 0 the likeliest, the first of equals. Else at random by
+softmax(logits / temperature), cut to the fewest likeliest tokens that hold top_p of it: of these, in the order of their
+ids, the first at which the cumulated probability passes uniform times what all of them hold. The token is -1 where a
+logit is NaN or the largest is infinite.
+"""
+
+_ADD_NORM_DOC = """
+sum = x + added, rounded to T; normed = sum / sqrt(mean(sum^2) + epsilon) * weight over the last dimension, computed in
+float. What adds to a residual stream and norms it for what comes next.
+"""
+
+_RMS_NORM_DOC = """
+normed = x / sqrt(mean(x^2) + epsilon) * weight over the last dimension, computed in float and rounded once.
+"""
+
+_ROTARY_HEADS_DOC = """
+Queries, keys and values out of one product: qkv holds Hq heads of queries, Hkv of keys and Hkv of values, of width D
+each. With normalize, queries and keys are x / sqrt(mean(x^2) + epsilon) * weight a head. Then they are turned: element
+i of the first half and element i of the second, (a, b), become (a*cos - b*sin, b*cos + a*sin). Computed in float and
+rounded once.
+"""
+
+_SWIGLU_DOC = """
+o = silu(gate) * up, where gate_up's last dimension holds gate, then up; silu(x) = x / (1 + exp(-x)).
+"""
+
 
 def _schema(
     name: str,
@@ -49,7 +76,7 @@ def _schema(
         doc=doc,
         inputs=[defs.OpSchema.FormalParameter(n, *about) for n, about in inputs.items()],
         outputs=[defs.OpSchema.FormalParameter(n, *about) for n, about in outputs.items()],
-        type_constraints=_TYPES,
+        type_constraints=_TYPES if any(kind == "T" for kind, _ in inputs.values()) else [],
         attributes=[_attribute(n, *about) for n, about in attributes.items()],
     )
 
@@ -60,6 +87,8 @@ def _attribute(name: str, doc: str, default: float | None) -> Any:
         return defs.OpSchema.Attribute(name, defs.OpSchema.AttrType.INT, doc, required=True)
     return defs.OpSchema.Attribute(name, make_attribute(name, default), doc)
 
+
+_EPSILON = ("added to the mean square", 1e-6)
 
 _SCHEMAS = (
     _schema(
@@ -116,6 +145,57 @@ _SCHEMAS = (
             "present_k": ("T", "[B, W, Hkv, D]"),
             "present_v": ("T", "[B, W, Hkv, D]"),
         },
+        attributes={},
+    ),
+    _schema(
+        "Sample",
+        _SAMPLE_DOC,
+        inputs={
+            "logits": ("tensor(float)", "[B, w, V]"),
+            "temperature": ("tensor(float)", "[B], at least 0"),
+            "top_p": ("tensor(float)", "[B], above 0, at most 1"),
+            "uniform": ("tensor(float)", "[B], random numbers, at least 0, below 1"),
+        },
+        outputs={"token": ("tensor(int64)", "[B, w], -1 … V-1")},
+        attributes={},
+    ),
+    _schema(
+        "AddNorm",
+        _ADD_NORM_DOC,
+        inputs={"x": ("T", "[..., d]"), "added": ("T", "[..., d]"), "weight": ("T", "[d]")},
+        outputs={"sum": ("T", "[..., d]"), "normed": ("T", "[..., d]")},
+        attributes={"epsilon": _EPSILON},
+    ),
+    _schema(
+        "RmsNorm",
+        _RMS_NORM_DOC,
+        inputs={"x": ("T", "[..., d]"), "weight": ("T", "[d]")},
+        outputs={"normed": ("T", "[..., d]")},
+        attributes={"epsilon": _EPSILON},
+    ),
+    _schema(
+        "RotaryHeads",
+        _ROTARY_HEADS_DOC,
+        inputs={
+            "qkv": ("T", "[B, L, (Hq + 2*Hkv)*D]"),
+            "q_weight": ("T", "[D]"),
+            "k_weight": ("T", "[D]"),
+            "cos": ("tensor(float)", "[B or 1, L, D/2]"),
+            "sin": ("tensor(float)", "[B or 1, L, D/2]"),
+        },
+        outputs={"q": ("T", "[B, L, Hq, D]"), "k": ("T", "[B, L, Hkv, D]"), "v": ("T", "[B, L, Hkv, D]")},
+        attributes={
+            "num_heads": ("Hq", None),
+            "kv_num_heads": ("Hkv", None),
+            "normalize": ("1: norm queries and keys a head; 0: their weights are not looked at", 1),
+            "epsilon": _EPSILON,
+        },
+    ),
+    _schema(
+        "SwiGlu",
+        _SWIGLU_DOC,
+        inputs={"gate_up": ("T", "[..., 2*n]")},
+        outputs={"o": ("T", "[..., n]")},
         attributes={},
     ),
 )

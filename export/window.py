@@ -1,7 +1,6 @@
-"""Windows over rings of keys and values, as PyTorch operators: what ``step`` is made of and what ONNX graphs hold.
+"""Windows over rings of keys and values, as a PyTorch operator: what ``step`` is made of and what ONNX graphs hold.
 
-They run eagerly, for tests and for tracing; an exported graph has ``hsa.SlidingWindow`` and ``RotaryEmbedding`` in
-their place.
+It runs eagerly, for tests and for tracing; an exported graph has ``hsa.SlidingWindow`` in its place.
 
 Shape letters: B batch, L tokens of the segment, W window, T = W + L, Hq query heads, Hkv key/value heads, D head width.
 """
@@ -12,8 +11,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from hsa_compile.model.layers import rotate
 
 
 @torch.library.custom_op("hsa::sliding_window", mutates_args=())
@@ -58,18 +55,6 @@ def sliding_window(
 @sliding_window.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor, past_v: Tensor, position: Tensor, lengths: Tensor) -> object:
     return q.new_empty(q.shape), past_k.new_empty(past_k.shape), past_v.new_empty(past_v.shape)
-
-
-@torch.library.custom_op("hsa::rotary", mutates_args=())
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE of [B, L, H, D] by cosines and sines [B, L, D/2] of x's type (ONNX ``RotaryEmbedding``): one operator, where
-    ``model.layers.rotate`` exports to eight."""
-    return rotate(x, cos[:, :, None], sin[:, :, None])
-
-
-@rotary.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -69,10 +69,24 @@ def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE over leading batch dimensions: element i of the first half pairs with element i of the second."""
     if x_THD.dim() == 4 and fused.serves(x_THD):
         return fused.rotate(x_THD, cos, sin)
+    if torch.compiler.is_exporting() and x_THD.dim() == 4 and cos.dim() == 3:
+        return rotary(x_THD, cos.transpose(0, 1), sin.transpose(0, 1))
     a, b = x_THD.chunk(2, dim=-1)
     cos, sin = cos.to(x_THD.dtype), sin.to(x_THD.dtype)
     # Products of whole rows: on a CPU half the time of those of their halves, to the same bits.
     return x_THD * torch.cat((cos, cos), dim=-1) + torch.cat((b, a), dim=-1) * torch.cat((-sin, sin), dim=-1)
+
+
+@torch.library.custom_op("hsa::rotary", mutates_args=())
+def rotary(x_BLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``rotate`` of [B, L, H, D] by cosines and sines [B or 1, L, D/2]: one operator in exported programs, where
+    ``rotate`` is eight."""
+    return rotate(x_BLHD, cos[:, :, None], sin[:, :, None])
+
+
+@rotary.register_fake
+def _(x_BLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x_BLHD.new_empty(x_BLHD.shape)
 
 
 def attend(q_BLHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:

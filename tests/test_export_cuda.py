@@ -39,12 +39,14 @@ const hsa_cuda_kernel SYMBOL = {HSA_CUDA_KERNEL_ABI, "", "forward", 6, scratch_b
 """
 GPU = """
 #include <string.h>
-#include "library.h"
+#include "fused.h"
+int32_t hsa_gpu_pass(const hsa_pass* pass, void* stream) { return 1; }
 int32_t hsa_plain_run(int32_t op, int32_t dtype, const int64_t* statics, float scale, void* const* tensors,
                       const int64_t* dims, void* stream) {
   for (int64_t i = 0; i < dims[0] * dims[1] * statics[0] * statics[2]; ++i) ((float*)tensors[5])[i] = 5;
   return op != HSA_CHUNK_ATTENTION;
 }
+int32_t hsa_gpu_sample(void* const* tensors, const int64_t* dims, void* stream) { return 1; }
 int32_t hsa_gpu_capability(int32_t* capability) { *capability = CAPABILITY; return 0; }
 int32_t hsa_gpu_fill(void* data, int32_t byte, int64_t bytes, void* stream) { memset(data, byte, bytes); return 0; }
 const char* hsa_gpu_message(int32_t error) { return "an error of CUDA's"; }
@@ -83,7 +85,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     objects = [directory / f"renamed{i}.o" for i in range(len(served))] + [_compile("cc", directory / "table.c")]
     (directory / "execute.c").write_text((HOST / "execute.c").read_text())
     objects.append(_compile("cc", directory / "execute.c"))
-    for name in ("hsa_ops.cc", "cpu.cc", "cuda.cc"):
+    for name in ("hsa_ops.cc", "cpu.cc", "cuda.cc", "fused.cc"):
         (directory / name).write_text((NATIVE / name).read_text())
         flags = ("-std=c++17", "-DHSA_CUDA", "-DHSA_CUDA_PROVIDER=nullptr")
         objects.append(_compile("c++", directory / name, *flags))

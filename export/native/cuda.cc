@@ -1,5 +1,6 @@
 /* The CUDA provider: compiled kernels on ONNX Runtime's stream, with scratch of its allocator; nothing waits for the
- * device, so that calls can be captured in a CUDA graph. What no compiled kernel serves, plain.cu does. */
+ * device, so that calls can be captured in a CUDA graph. What no compiled kernel serves, plain.cu does; fused.cu has the
+ * operators that no kernel is compiled for. */
 #include "support.h"
 
 namespace hsa {
@@ -18,7 +19,7 @@ bool runs_on(const hsa_target& target, int32_t device) {
   return device / 10 == target.capability / 10 && device >= target.capability;
 }
 
-void require_target(const Call& call, int32_t device) {
+void require_target(int32_t op, int32_t device) {
   std::string known;
   for (int32_t i = 0; i < hsa_target_count; ++i) {
     if (!hsa_targets[i].gpu) continue;
@@ -26,7 +27,7 @@ void require_target(const Call& call, int32_t device) {
     known += std::string(known.empty() ? "" : ", ") + hsa_targets[i].name;
   }
   require(false,
-          std::string(kOpNames[call.problem.op]) + ": this GPU has compute capability " + std::to_string(device / 10) + "." +
+          std::string(kOpNames[op]) + ": this GPU has compute capability " + std::to_string(device / 10) + "." +
               std::to_string(device % 10) + ", and the library was built for " + known +
               ". Build it for this GPU, or run the model without it: its own functions do it.",
           ort::kNotImplemented);
@@ -91,20 +92,28 @@ void Cuda::fill(void* data, int32_t byte, int64_t bytes, ort::KernelContext* con
 void Cuda::run(const Call& call, ort::KernelContext* context) {
   const Problem& problem = call.problem;
   const int32_t device = capability();
-  require_target(call, device);
+  require_target(problem.op, device);
   void* const stream = stream_of(context);
   void* const* tensors = call.tensors.data();
   const hsa_cuda_kernel* kernel = aligned(call) ? find_kernel(call, device) : nullptr;
   const char* message = nullptr;
   if (!kernel) {
     const int32_t error =
-        hsa_plain_run(problem.op, problem.dtype, problem.statics.data(), problem.scale, tensors, call.dims, stream);
+        problem.op == HSA_SAMPLE
+            ? hsa_gpu_sample(tensors, call.dims, stream)
+            : hsa_plain_run(problem.op, problem.dtype, problem.statics.data(), problem.scale, tensors, call.dims, stream);
     if (error) message = hsa_gpu_message(error);
   } else {
     const Scratch scratch(context, call.memory, kernel->scratch_bytes(call.dims));
     if (const int32_t error = kernel->run(tensors, call.dims, scratch.aligned(), stream)) message = kernel->message(error);
   }
   require(!message, std::string(kOpNames[problem.op]) + " " + describe(problem) + ": " + (message ? message : ""), ort::kFail);
+}
+
+void Cuda::run(const hsa_pass& pass, ort::KernelContext* context) {
+  require_target(pass.op, capability());
+  const int32_t error = hsa_gpu_pass(&pass, stream_of(context));
+  require(!error, std::string(kOpNames[pass.op]) + ": " + hsa_gpu_message(error), ort::kFail);
 }
 
 }  // namespace hsa

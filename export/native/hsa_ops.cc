@@ -1,7 +1,8 @@
-/* Registers the operators of domain hsa with ONNX Runtime: for its CPU provider those that the library has kernels for,
- * for its CUDA provider, where the library was built with it, all of them. */
+/* Registers the operators of domain hsa with ONNX Runtime: for its CPU provider those that the library has kernels for and
+ * those that need none; for its CUDA provider, where the library was built with it, all of them. */
 #include <iterator>
 
+#include "fused_ops.h"
 #include "operators.h"
 
 namespace hsa {
@@ -13,7 +14,8 @@ namespace {
 constexpr const char* kStaticNames[][HSA_STATICS] = {
     {"kv_heads", "retrieval_heads", "retrieval_dim", "chunk_size", "top_k", "window"},
     {"q_heads", "kv_heads", "head_dim", "chunk_size", "top_k", "off_by_one"},
-    {"q_heads", "kv_heads", "head_dim", "window", nullptr, nullptr}};
+    {"q_heads", "kv_heads", "head_dim", "window", nullptr, nullptr},
+    {"vocabulary", nullptr, nullptr, nullptr, nullptr, nullptr}};
 constexpr ort::Element kElements[HSA_DTYPES] = {ort::kFloat, ort::kFloat16, ort::kBFloat16};
 
 Problem problem_of(const hsa_entry& entry) {
@@ -63,26 +65,46 @@ int64_t attribute(const ort::InferContext* context, const char* name) {
   return value;
 }
 
-/* The dimensions of an input: false where ONNX Runtime does not know one, not even by name. To hand such a one on would
- * say that it is -1. */
-bool known(ort::TypeShape* info, int64_t* dims, const char** symbols) {
-  size_t rank = 0;
-  check(api.GetDimensionsCount(info, &rank));
-  if (rank != kRank) return false;
-  check(api.GetDimensions(info, dims, kRank));
-  check(api.GetSymbolicDimensions(info, symbols, kRank));
-  for (size_t i = 0; i < kRank; ++i)
-    if (dims[i] < 0 && !*symbols[i]) return false;
-  return true;
-}
+/* A shape, whose dimensions are numbers or names, and the type of the elements. */
+struct Shape {
+  std::vector<int64_t> dims;
+  std::vector<const char*> symbols;
+  int element = 0;
+
+  /* The shape of an input: false where ONNX Runtime does not know one, not even by name. To hand such a one on would say
+   * that it is -1. */
+  bool read(const ort::InferContext* context, size_t from) {
+    ort::TypeShape* info = nullptr;
+    size_t rank = 0;
+    check(api.ShapeInferContext_GetInputTypeShape(context, from, &info));
+    check(api.GetDimensionsCount(info, &rank));
+    dims.resize(rank), symbols.resize(rank);
+    check(api.GetTensorElementType(info, &element));
+    check(api.GetDimensions(info, dims.data(), rank));
+    check(api.GetSymbolicDimensions(info, symbols.data(), rank));
+    for (size_t i = 0; i < rank; ++i)
+      if (dims[i] < 0 && !*symbols[i]) return false;
+    return rank > 0;
+  }
+
+  void set(size_t i, int64_t dim) { dims[i] = dim, symbols[i] = ""; }
+
+  void write(ort::InferContext* context, size_t to) {
+    ort::TypeShape* result = nullptr;
+    check(api.CreateTensorTypeAndShapeInfo(&result));
+    const std::unique_ptr<ort::TypeShape, void (*)(ort::TypeShape*)> release(result, api.ReleaseTensorTypeAndShapeInfo);
+    check(api.SetDimensions(result, dims.data(), dims.size()));
+    check(api.SetSymbolicDimensions(result, symbols.data(), symbols.size()));
+    check(api.SetTensorElementType(result, element));
+    check(api.ShapeInferContext_SetOutputTypeShape(context, to, result));
+  }
+};
 
 /* The output has the input's shape and type. */
 void infer_like(ort::InferContext* context, size_t from, size_t to) {
   ort::TypeShape* shape = nullptr;
-  int64_t dims[kRank];
-  const char* symbols[kRank];
   check(api.ShapeInferContext_GetInputTypeShape(context, from, &shape));
-  if (known(shape, dims, symbols)) check(api.ShapeInferContext_SetOutputTypeShape(context, to, shape));
+  if (Shape().read(context, from)) check(api.ShapeInferContext_SetOutputTypeShape(context, to, shape));
 }
 
 void infer(const Attention*, ort::InferContext* context) { infer_like(context, 0, 0); }
@@ -94,22 +116,48 @@ void infer(const Window*, ort::InferContext* context) {
 }
 
 void infer(const Select*, ort::InferContext* context) {
-  ort::TypeShape *q = nullptr, *result = nullptr;
-  int64_t dims[kRank];
-  const char* symbols[kRank];
-  check(api.ShapeInferContext_GetInputTypeShape(context, 0, &q));
-  if (!known(q, dims, symbols)) return;
-  dims[2] = attribute(context, "kv_num_heads");
-  dims[3] = attribute(context, "top_k");
-  symbols[2] = symbols[3] = "";
-  check(api.CreateTensorTypeAndShapeInfo(&result));
-  const std::unique_ptr<ort::TypeShape, void (*)(ort::TypeShape*)> release(result, api.ReleaseTensorTypeAndShapeInfo);
-  check(api.SetDimensions(result, dims, kRank));
-  check(api.SetSymbolicDimensions(result, symbols, kRank));
+  Shape shape;
+  if (!shape.read(context, 0) || shape.dims.size() != kRank) return;
+  shape.set(2, attribute(context, "kv_num_heads"));
+  shape.set(3, attribute(context, "top_k"));
   for (size_t i = 0; i < std::size(Select::kOutputs); ++i) {
-    check(api.SetTensorElementType(result, Select::kOutputs[i]));
-    check(api.ShapeInferContext_SetOutputTypeShape(context, i, result));
+    shape.element = Select::kOutputs[i];
+    shape.write(context, i);
   }
+}
+
+void infer(const AddNorm*, ort::InferContext* context) {
+  infer_like(context, 0, 0);
+  infer_like(context, 0, 1);
+}
+
+void infer(const RmsNorm*, ort::InferContext* context) { infer_like(context, 0, 0); }
+
+void infer(const SwiGlu*, ort::InferContext* context) {
+  Shape shape;
+  if (!shape.read(context, 0) || shape.dims.back() < 0) return;
+  shape.set(shape.dims.size() - 1, shape.dims.back() / 2);
+  shape.write(context, 0);
+}
+
+void infer(const RotaryHeads*, ort::InferContext* context) {
+  Shape shape;
+  if (!shape.read(context, 0) || shape.dims.size() != 3 || shape.dims[2] < 0) return;
+  const int64_t heads[] = {attribute(context, "num_heads"), attribute(context, "kv_num_heads")};
+  shape.dims.push_back(shape.dims[2] / (heads[0] + 2 * heads[1]));
+  shape.symbols.push_back("");
+  for (size_t i = 0; i < 3; ++i) {
+    shape.set(2, heads[i ? 1 : 0]);
+    shape.write(context, i);
+  }
+}
+
+void infer(const Sample*, ort::InferContext* context) {
+  Shape shape;
+  if (!shape.read(context, 0) || shape.dims.size() != 3) return;
+  shape.dims.pop_back(), shape.symbols.pop_back();
+  shape.element = ort::kInt64;
+  shape.write(context, 0);
 }
 
 // ---------------------------------------------------------------------------------------------------- registration
@@ -169,16 +217,23 @@ void check_kernels() {
   }
 }
 
+template <typename Provider, typename... Ops>
+void add_each(ort::CustomOpDomain* domain) {
+  (add_all<Ops, Provider>(domain), ...);
+}
+
+template <typename Provider>
+void add_operators(ort::CustomOpDomain* domain) {
+  add_each<Provider, Select, Attention, Window, AddNorm, RmsNorm, RotaryHeads, SwiGlu>(domain);
+  add<Sample, Provider, HSA_FLOAT32>(domain);
+}
+
 ort::CustomOpDomain* create_domain() {
   ort::CustomOpDomain* domain = nullptr;
   check(api.CreateCustomOpDomain("hsa", &domain));
-  add_all<Select, Cpu>(domain);
-  add_all<Attention, Cpu>(domain);
-  add_all<Window, Cpu>(domain);
+  add_operators<Cpu>(domain);
 #ifdef HSA_CUDA
-  add_all<Select, Cuda>(domain);
-  add_all<Attention, Cuda>(domain);
-  add_all<Window, Cuda>(domain);
+  add_operators<Cuda>(domain);
 #endif
   return domain;
 }

@@ -78,6 +78,7 @@ static_assert(sizeof(CustomOp) == 26 * sizeof(void*), "layout of OrtCustomOp");
   X(57, CreateTensorTypeAndShapeInfo, Status*, (TypeShape**))                                         \
   X(58, SetTensorElementType, Status*, (TypeShape*, int))                                             \
   X(59, SetDimensions, Status*, (TypeShape*, const int64_t*, size_t))                                 \
+  X(60, GetTensorElementType, Status*, (const TypeShape*, int*))                                      \
   X(61, GetDimensionsCount, Status*, (const TypeShape*, size_t*))                                     \
   X(62, GetDimensions, Status*, (const TypeShape*, int64_t*, size_t))                                 \
   X(63, GetSymbolicDimensions, Status*, (const TypeShape*, const char**, size_t))                     \

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "library.h"
+#include "fused.h"
 #include "ort_abi.h"
 
 namespace hsa {
@@ -65,6 +65,12 @@ inline std::string text(const std::vector<int64_t>& shape) {
   return s + "]";
 }
 
+inline void require_rank(const Tensor& tensor, size_t rank) {
+  require(tensor.shape.size() == rank, std::string("hsa: ") + tensor.name + " must have " + std::to_string(rank) +
+                                           " dimensions, got " + text(tensor.shape));
+}
+
+/* rank: 0 for any. */
 inline Tensor input(const ort::KernelContext* context, size_t index, const char* name, size_t rank) {
   Tensor tensor{name};
   const ort::Value* value = nullptr;
@@ -77,7 +83,7 @@ inline Tensor input(const ort::KernelContext* context, size_t index, const char*
   check(api.GetDimensionsCount(info, &n));
   tensor.shape.resize(n);
   check(api.GetDimensions(info, tensor.shape.data(), n));
-  require(n == rank, std::string("hsa: ") + name + " must have " + std::to_string(rank) + " dimensions, got " + text(tensor.shape));
+  if (rank) require_rank(tensor, rank);
   check(api.GetTensorMutableData(const_cast<ort::Value*>(value), &tensor.data));
   check(api.GetTensorMemoryInfo(value, &tensor.memory));
   return tensor;
@@ -98,7 +104,8 @@ inline void require_shape(const Tensor& tensor, const std::vector<int64_t>& expe
 
 // ----------------------------------------------------------------------------------------------------------- calls
 
-constexpr const char* kOpNames[] = {"hsa.ChunkSelect", "hsa.ChunkAttention", "hsa.SlidingWindow"};
+constexpr const char* kOpNames[] = {"hsa.ChunkSelect", "hsa.ChunkAttention", "hsa.SlidingWindow", "hsa.Sample",
+                                    "hsa.AddNorm",     "hsa.RmsNorm",        "hsa.RotaryHeads",   "hsa.SwiGlu"};
 constexpr const char* kDtypeNames[] = {"float32", "float16", "bfloat16"};
 
 /* A problem as the library's table has it. */
@@ -112,7 +119,7 @@ struct Problem {
 struct Call {
   Problem problem;
   std::vector<void*> tensors;
-  int64_t dims[3];                /* B, L, C */
+  int64_t dims[3];                /* B, L, C; of Sample B, w, V */
   const ort::MemoryInfo* memory;  /* where the tensors lie */
 };
 
@@ -134,6 +141,7 @@ struct Cpu {
   static bool serves(int32_t op, int32_t dtype);
   static void fill(void* data, int32_t byte, int64_t bytes, ort::KernelContext* context);
   static void run(const Call& call, ort::KernelContext* context);
+  static void run(const hsa_pass& pass, ort::KernelContext* context);
 };
 
 struct Cuda {
@@ -142,6 +150,7 @@ struct Cuda {
   static bool serves(int32_t op, int32_t dtype);
   static void fill(void* data, int32_t byte, int64_t bytes, ort::KernelContext* context);
   static void run(const Call& call, ort::KernelContext* context);
+  static void run(const hsa_pass& pass, ort::KernelContext* context);
 };
 
 }  // namespace hsa
