@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -48,10 +49,12 @@ def bench_e2e(
     """
     with friendly():
         from hsa_compile.bench import e2e
+        from hsa_compile.bench.record import write_suite
 
         given = [tokens(length) for length in lengths.split(",")] if lengths else e2e.LENGTHS[device]
         with spinner("measuring") as say:
-            rows = e2e.run(bundle, checkpoint, given, seconds, device, seed, say)
+            keep = partial(write_suite, output / "e2e.jsonl")
+            rows = e2e.run(bundle, checkpoint, given, seconds, device, seed, say, keep)
         if not rows:
             fail("nothing could be measured; the warnings above say why")
         _save(e2e, rows, output, "e2e")
