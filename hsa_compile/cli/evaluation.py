@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hsa_compile.cli.common import Checkpoint, Output, Seed, console, fail, friendly
+from hsa_compile.cli.common import Checkpoint, Output, Seed, console, fail, friendly, tokens
 
 if TYPE_CHECKING:
     from hsa_compile.evaluation.run import Evaluation
-
-
-def tokens(text: str) -> int:
-    """4096, 4K (4 · 1024) or 1M.
-
-    Raises:
-        typer.BadParameter: it is none of these.
-    """
-    found = re.fullmatch(r"(\d+)([KM]?)", text.strip().upper())
-    if found is None:
-        raise typer.BadParameter(f"{text!r} is no length; write 4096, 4K or 1M")
-    return int(found[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20}[found[2]]
 
 
 def evaluate(
