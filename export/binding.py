@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnxruntime as ort
 
 from hsa_compile.export.memory import ONNX_TYPES, Buffer
 from hsa_compile.export.runtime import Runtime
-from hsa_compile.export.sampling import Floats
+from hsa_compile.export.sampling import Choices, Floats
 from hsa_compile.export.state import SessionState
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -19,16 +20,16 @@ class StepError(RuntimeError):
     """A run failed; the session forgot its texts."""
 
 
-class Next(NamedTuple):
-    """What a decoded token gave: views, until the next one.
+class Step(NamedTuple):
+    """What a run gave, until the next one.
 
     Attributes:
-        logits: float32 [B, V].
-        token: int64 [B], the likeliest.
+        token: int64 [B, w], those chosen, -1 where none could be; a view.
+        logits: copies the logits, float32 [B, w, V], from where they are: nobody who wants the tokens alone needs them.
     """
 
-    logits: Floats
     token: Ids
+    logits: Callable[[], Floats]
 
 
 class _Bound:
@@ -75,12 +76,12 @@ class Binding:
         self.runtime, self.state, self.vocab_size = runtime, state, vocab_size
         self._kept: dict[str, Buffer] = {}
 
-    def run(self, ids: Ids, lengths: Ids, upper: int, logits_at: Ids) -> Floats:
-        """Logits float32 [B, w, V] of the tokens ``logits_at`` among the last ``upper`` ones of ids [B, L]."""
+    def run(self, ids: Ids, lengths: Ids, upper: int, logits_at: Ids, choices: Choices) -> Step:
+        """Reads ids [B, L]; what comes after the tokens ``logits_at`` [B, w] among the last ``upper`` ones."""
         B, L = ids.shape
         self.state.make_room(lengths, self.runtime.least_chunks)
         n = max(self.runtime.least_chunks, self.state.completing(lengths))
-        segment: dict[str, Ids] = {
+        segment: dict[str, np.ndarray[Any, Any]] = {
             "input_ids": ids,
             "lengths": lengths,
             "rows": np.arange(B),
@@ -88,26 +89,29 @@ class Binding:
             "upper": np.arange(L - upper, L),
             "logits_at": logits_at,
             "completing": np.arange(B * n).reshape(B, n),
+            **choices._asdict(),
         }
         bound = _Bound(self.runtime, self.state)
         for name, array in segment.items():
-            buffer = self._buffer(name, array.shape, "int64")
+            buffer = self._buffer(name, array.shape, str(array.dtype), self.runtime.device.shared)
             buffer.host[...] = array  # type: ignore[index]
             bound.put(name, buffer)
-        token = self._buffer("token", logits_at.shape, "int64")
-        logits = self._buffer("logits", (*logits_at.shape, self.vocab_size), "float32")
+        token = self._buffer("token", logits_at.shape, "int64", self.runtime.device.shared)
+        logits = self._buffer("logits", (*logits_at.shape, self.vocab_size), "float32", self.runtime.device.zeros)
         bound.get("token", token)
         bound.get("logits", logits)
         bound.run()
         self.state.advance(lengths)
-        assert logits.host is not None
-        return logits.host.copy()
+        assert token.host is not None
+        return Step(token.host, lambda: self.runtime.device.read(logits))
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
+    def _buffer(
+        self, name: str, shape: tuple[int, ...], dtype: str, allocate: Callable[[tuple[int, ...], str], Buffer]
+    ) -> Buffer:
         size = int(np.prod(shape))
         kept = self._kept.get(name)
         if kept is None or int(np.prod(kept.shape)) < size:
-            kept = self._kept[name] = self.runtime.device.shared((size,), dtype)
+            kept = self._kept[name] = allocate((size,), dtype)
         return kept.view(*shape)
 
 
@@ -125,15 +129,17 @@ class Decoder:
             "tokens": shared((1,), "int64"),
             "upper": shared((1,), "int64"),
             "logits_at": shared((B, 1), "int64"),
+            **{name: shared((B,), "float32") for name in Choices._fields},
         }
         self.completing = [shared((B, n), "int64") for n in (0, 1)]
         self.completing[1].host[:, 0] = self._host("rows")[:] = np.arange(B)  # type: ignore[index]
-        self.token, self.logits = shared((B, 1), "int64"), shared((B, 1, vocab_size), "float32")
+        self._host("top_p")[:] = 1.0
+        self.token, self.logits = shared((B, 1), "int64"), runtime.device.zeros((B, 1, vocab_size), "float32")
         self._bound: dict[int, tuple[_Bound, int | None]] = {}
         self._generation = -1
 
-    def run(self, tokens: Any, lengths: Ids) -> Next:
-        """The next token of each row, int64 [B]; rows whose length is 0 stay as they are.
+    def run(self, tokens: Any, lengths: Ids, choices: Choices) -> Step:
+        """Reads the next token of each row, int64 [B]; rows whose length is 0 stay as they are.
 
         Raises:
             CapacityError: a row would pass the session's limit.
@@ -144,11 +150,12 @@ class Decoder:
         bound, graph_id = self._ready(n)
         self._host("input_ids")[:, 0] = tokens
         self._host("lengths")[:] = lengths
+        for name, values in choices._asdict().items():
+            self._host(name)[:] = values
         bound.run(graph_id)
         state.advance(lengths)
-        assert self.logits.host is not None
         assert self.token.host is not None
-        return Next(self.logits.host[:, 0], self.token.host[:, 0])
+        return Step(self.token.host, lambda: self.runtime.device.read(self.logits))
 
     def find_least_chunks(self) -> None:
         """Tries a step without any chunk, which takes an operator on empty tensors from the provider."""

@@ -280,10 +280,65 @@ SlidingWindow (q, k, v, past_k, past_v, position, lengths) => (o, present_k, pre
 }
 """
 
+# Sums are in double: the rows are sorted here, and added up in another order by kernels.
+_SAMPLE = """
+<domain: "hsa", opset_import: ["" : 24], doc_string: "A token for each row of logits, likeliest or at random">
+Sample (logits, temperature, top_p, uniform) => (token)
+{
+  none = Constant <value_int: int = -1> ()
+  zero = Constant <value = double {0}> ()
+  one = Constant <value = double {1}> ()
+  first = Constant <value_int: int = 0> ()
+  axes_12 = Constant <value_ints: ints = [1, 2]> ()
+  axis_2 = Constant <value_ints: ints = [2]> ()
+  second = Constant <value_int: int = 2> ()
+
+  V = Shape <start = 2, end = 3> (logits)
+  values, order = TopK <axis = 2, largest = 1, sorted = 1> (logits, V)
+  likeliest = Gather <axis = 2> (order, first)
+  peak = ReduceMax <keepdims = 1> (logits, axis_2)
+  falling = Sub (values, peak)
+  x = Cast <to = 11> (falling)
+  temperature_d = Cast <to = 11> (temperature)
+  temperature_B11 = Unsqueeze (temperature_d, axes_12)
+  cold = Equal (temperature_B11, zero)
+  divisor = Where (cold, one, temperature_B11)
+  scaled = Div (x, divisor)
+  p = Softmax <axis = 2> (scaled)
+  before = CumSum <exclusive = 1> (p, second)
+  top_p_d = Cast <to = 11> (top_p)
+  top_p_B11 = Unsqueeze (top_p_d, axes_12)
+  likely = Less (before, top_p_B11)
+  kept = Where (likely, p, zero)
+
+  # Back into the order of ids, where the first that passes the target has as many before it that do not.
+  by_id = ScatterElements <axis = 2> (kept, order, kept)
+  cumulated = CumSum (by_id, second)
+  all = ReduceSum <keepdims = 1> (kept, axis_2)
+  uniform_d = Cast <to = 11> (uniform)
+  uniform_B11 = Unsqueeze (uniform_d, axes_12)
+  target = Mul (all, uniform_B11)
+  below = LessOrEqual (cumulated, target)
+  counted = Cast <to = 7> (below)
+  drawn = ReduceSum <keepdims = 0> (counted, axis_2)
+
+  cold_B1 = Squeeze (cold, axis_2)
+  chosen = Where (cold_B1, likeliest, drawn)
+  is_nan = IsNaN (logits)
+  nan = Cast <to = 7> (is_nan)
+  nans = ReduceSum <keepdims = 0> (nan, axis_2)
+  has_nan = Greater (nans, first)
+  top = Squeeze (peak, axis_2)
+  infinite = IsInf (top)
+  bad = Or (has_nan, infinite)
+  token = Where (bad, none, chosen)
+}
+"""
+
 
 def function_bodies() -> list[onnx.FunctionProto]:
     """The operators of domain ``hsa`` as functions over standard opset ``STANDARD_OPSET``."""
-    return [parser.parse_function(text) for text in (_CHUNK_SELECT, _CHUNK_ATTENTION, _SLIDING_WINDOW)]
+    return [parser.parse_function(text) for text in (_CHUNK_SELECT, _CHUNK_ATTENTION, _SLIDING_WINDOW, _SAMPLE)]
 
 
 def attach_functions(model: onnx.ModelProto) -> None:

@@ -57,7 +57,7 @@ def export_graph(model: HsaModel, path: Path, external_data_above: int = EXTERNA
     """Writes the model's step (``step.StaticStep``) as ONNX, with the operators' function bodies.
 
     Inputs are the fields of ``step.Segment`` and ``past.<state>``; outputs ``logits`` float [batch, wanted, V],
-    ``token`` int64 [batch, wanted], their likeliest tokens, and ``present.<state>``, see ``state_specs``. Each
+    ``token`` int64 [batch, wanted], chosen from them, and ``present.<state>``, see ``state_specs``. Each
     ``present`` may be bound to the buffer of its ``past``.
 
     Args:
@@ -144,6 +144,9 @@ def _example(config: ModelConfig, dtype: str) -> tuple[Any, ...]:
         upper=torch.arange(L - 2, L),
         logits_at=torch.zeros(B, 4, dtype=torch.int64),
         completing=torch.arange(B * n).view(B, n),
+        temperature=torch.zeros(B),
+        top_p=torch.ones(B),
+        uniform=torch.zeros(B),
     )
     return (*segment, position, pending, *rings, *memory)
 
@@ -156,7 +159,7 @@ def _dynamic_shapes(model: HsaModel) -> tuple[Any, ...]:
     rings = [{0: batch}] * len(model.swa_layers())
     return (
         {0: batch, 1: segment}, {0: batch}, {0: batch}, {0: segment}, {0: upper}, {0: batch, 1: wanted},
-        {0: batch, 1: completing}, {0: batch}, {0: batch}, rings, rings, rows, rows, {0: batch, 1: capacity},
+        {0: batch, 1: completing}, *[{0: batch}] * 5, rings, rings, rows, rows, {0: batch, 1: capacity},
     )  # fmt: skip
 
 
@@ -172,6 +175,9 @@ def _translations() -> dict[Any, Any]:
 
     def window(q: Any, k: Any, v: Any, past_k: Any, past_v: Any, position: Any, lengths: Any) -> Any:
         return _hsa.SlidingWindow(q, k, v, past_k, past_v, position, lengths)
+
+    def sample(logits: Any, temperature: Any, top_p: Any, uniform: Any) -> Any:
+        return _hsa.Sample(logits, temperature, top_p, uniform)
 
     def cache_write(cache: Any, update: Any, start: Any) -> Any:
         return _standard.TensorScatter(cache, update, start, axis=1)
@@ -193,6 +199,7 @@ def _translations() -> dict[Any, Any]:
         ops.chunk_select.default: select,
         ops.chunk_attention.default: attention,
         ops.sliding_window.default: window,
+        ops.sample.default: sample,
         ops.cache_write.default: cache_write,
         ops.rotary.default: rotary,
         torch.ops.aten.div.Tensor_mode: whole_part,
@@ -270,6 +277,7 @@ def _name_dimensions(proto: onnx.ModelProto, config: ModelConfig) -> None:
         "upper": ("upper",),
         "logits_at": ("batch", "wanted"),
         "completing": ("batch", "completing"),
+        **dict.fromkeys(("temperature", "top_p", "uniform"), ("batch",)),
         "logits": ("batch", "wanted", config.vocab_size),
         "token": ("batch", "wanted"),
     }

@@ -187,7 +187,7 @@ def _compile(scratch: Path, served: Sequence[Served]) -> Path:
         nvcc = cuda_compiler()
         code = [f"-gencode=arch=compute_{arch.removeprefix('sm_')},code={arch}" for arch in gpu]
         jobs += [([*cxx, *_CXX_FLAGS, *include], native / "cuda.cc")]
-        jobs += [([nvcc, *_NVCC_FLAGS, *code, *include], native / "plain.cu")]
+        jobs += [([nvcc, *_NVCC_FLAGS, *code, *include], native / name) for name in ("plain.cu", "sample.cu")]
         link = [nvcc, *_CUDA_LINK_FLAGS]
     own = [_object(command, source) for command, source in jobs]
     kernels = [_relocatable(scratch, one, symbol) for symbol, one in zip(_symbols(served), served)]

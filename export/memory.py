@@ -1,8 +1,8 @@
 """Where a session's tensors live: the host's memory, or a GPU's, by the few calls of the CUDA driver that it takes.
 
 A session binds raw addresses to its graph, so all it needs of a device is memory that stays in its place. What the host
-reads and writes at every step (token ids, positions of rows, logits) is *shared*: on a GPU it is pinned host memory
-mapped into the device, which kernels read and write themselves, so that nothing has to be copied or waited for.
+reads and writes at every step (token ids, positions of rows) is *shared*: on a GPU it is pinned host memory mapped into
+the device, which kernels read and write themselves, so that nothing has to be copied or waited for.
 """
 
 from __future__ import annotations
@@ -53,9 +53,8 @@ class Buffer:
         return self.shape[0] * self.row_bytes
 
     def view(self, *shape: int) -> Buffer:
-        """The first elements of a shared buffer in another shape."""
-        assert self.host is not None
-        host = self.host.reshape(-1)[: math.prod(shape)].reshape(shape)
+        """The first elements in another shape."""
+        host = self.host if self.host is None else self.host.reshape(-1)[: math.prod(shape)].reshape(shape)
         return Buffer(shape, self.dtype, self.pointer, host, self.owner)
 
 
@@ -77,6 +76,11 @@ class Host:
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Between addresses of this device; done when it returns."""
         ctypes.memmove(target, source, nbytes)
+
+    def read(self, buffer: Buffer) -> Array:
+        """A copy of what is in a buffer."""
+        assert buffer.host is not None
+        return buffer.host.copy()
 
 
 class Cuda:
@@ -124,6 +128,12 @@ class Cuda:
         self._enter()
         self._call("cuMemcpy", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(nbytes))
         self._call("cuCtxSynchronize")
+
+    def read(self, buffer: Buffer) -> Array:
+        """A copy in the host's memory of what is in a buffer."""
+        array = np.empty(buffer.shape, _STORAGE[buffer.dtype])
+        self.copy(array.ctypes.data, buffer.pointer, array.nbytes)
+        return array
 
     def _buffer(self, shape: Sequence[int], dtype: str, allocate: Callable[[int], tuple[int, Any]]) -> Buffer:
         self._enter()

@@ -1,8 +1,9 @@
-"""Choosing the next token from logits, in numpy."""
+"""How tokens are chosen: what rows ask the graph for, and what it answers."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,22 +14,22 @@ class GenerationError(RuntimeError):
     """A model's logits are no numbers, so that no token can be chosen; the message says what may be the cause."""
 
 
-def checked_token(logits_V: Floats, token: int) -> int:
-    """The likeliest token, where its logit is a number.
+def checked_token(token: int) -> int:
+    """A token that a graph chose.
 
     Raises:
-        GenerationError: it is NaN or infinite.
+        GenerationError: it could not choose one.
     """
-    if not np.isfinite(logits_V[token]):
+    if token < 0:
         raise GenerationError(
-            f"the model's largest logit is {logits_V[token]}, where NaN and infinity are no scores: its weights are "
-            "damaged, or its values overflow the type it runs in; validate the bundle or export it again"
+            "the model's logits are NaN or infinite: its weights are damaged, or its values overflow the type it runs "
+            "in; validate the bundle or export it again"
         )
     return token
 
 
 class Sampler:
-    """Chooses tokens one after the other, the same ones for the same seed.
+    """How a text's tokens are chosen, the same ones for the same seed.
 
     Args:
         temperature: 0 takes the most likely token (the first of equals), more flattens the distribution.
@@ -46,21 +47,22 @@ class Sampler:
             raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
         self.temperature = temperature
         self.top_p = top_p
-        self.random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(seed)
 
-    def __call__(self, logits_V: Floats) -> int:
-        """A token from float32 logits [V].
+    def draw(self) -> float:
+        """The next random number, at least 0 and below 1."""
+        return float(self._random.random(dtype=np.float32))
 
-        Raises:
-            GenerationError: the largest logit is NaN or infinite.
-        """
-        best = checked_token(logits_V, int(logits_V.argmax()))  # NaN counts as largest
-        if self.temperature == 0.0:
-            return best
-        order = np.argsort(-logits_V, kind="stable")
-        scaled = (logits_V[order].astype(np.float64) - logits_V[order[0]]) / self.temperature
-        p = np.exp(scaled)
-        p /= p.sum()
-        kept = int(np.searchsorted(np.cumsum(p), self.top_p)) + 1
-        p = p[:kept] / p[:kept].sum()
-        return int(order[self.random.choice(len(p), p=p)])
+
+class Choices(NamedTuple):
+    """What a step's ``hsa.Sample`` is given, float32 [B] each."""
+
+    temperature: Floats
+    top_p: Floats
+    uniform: Floats
+
+    @classmethod
+    def of(cls, samplers: Sequence[Sampler | None]) -> Choices:
+        """One of each row, which draws its next number; None, of rows that want no token, takes the likeliest."""
+        given = [(s.temperature, s.top_p, s.draw()) if s is not None else (0.0, 1.0, 0.0) for s in samplers]
+        return cls(*np.array(given, np.float32).reshape(-1, 3).T)

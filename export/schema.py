@@ -33,6 +33,13 @@ count; the output of the others is finite and means nothing. present_k and prese
 slot j mod W holds key j for the last W of them. They may be written over past_k and past_v.
 """
 
+_SAMPLE_DOC = """
+Chooses a token from each row of logits. With temperature 0 the likeliest, the first of equals. Else at random by
+softmax(logits / temperature), cut to the fewest likeliest tokens that hold top_p of it: of these, in the order of their
+ids, the first at which the cumulated probability passes uniform times what all of them hold. The token is -1 where a
+logit is NaN or the largest is infinite.
+"""
+
 
 def _schema(
     name: str,
@@ -49,7 +56,7 @@ def _schema(
         doc=doc,
         inputs=[defs.OpSchema.FormalParameter(n, *about) for n, about in inputs.items()],
         outputs=[defs.OpSchema.FormalParameter(n, *about) for n, about in outputs.items()],
-        type_constraints=_TYPES,
+        type_constraints=_TYPES if any(kind == "T" for kind, _ in inputs.values()) else [],
         attributes=[_attribute(n, *about) for n, about in attributes.items()],
     )
 
@@ -116,6 +123,18 @@ _SCHEMAS = (
             "present_k": ("T", "[B, W, Hkv, D]"),
             "present_v": ("T", "[B, W, Hkv, D]"),
         },
+        attributes={},
+    ),
+    _schema(
+        "Sample",
+        _SAMPLE_DOC,
+        inputs={
+            "logits": ("tensor(float)", "[B, w, V]"),
+            "temperature": ("tensor(float)", "[B], at least 0"),
+            "top_p": ("tensor(float)", "[B], above 0, at most 1"),
+            "uniform": ("tensor(float)", "[B], random numbers, at least 0, below 1"),
+        },
+        outputs={"token": ("tensor(int64)", "[B, w], -1 … V-1")},
         attributes={},
     ),
 )

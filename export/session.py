@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from hsa_compile.export.binding import Binding, Decoder
+from hsa_compile.export.binding import Binding, Decoder, Step
 from hsa_compile.export.bundle import GRAPH, LIBRARY, read_manifest
 from hsa_compile.export.runtime import Provider, Runtime, open_runtime
-from hsa_compile.export.sampling import Floats, Sampler, checked_token
+from hsa_compile.export.sampling import Choices, Floats, Sampler, checked_token
 from hsa_compile.export.state import SessionState
 
 Ids = np.ndarray[Any, np.dtype[np.int64]]
 Tokens = Sequence[int] | Sequence[Sequence[int]] | Ids
 Lengths = Sequence[int] | Ids | None
+Samplers = Sequence[Sampler | None]
 
 
 class Session:
@@ -147,7 +148,26 @@ class Session:
         """
         checked, taken = self._checked(ids, lengths)
         L = checked.shape[1]
-        return self._run(checked, taken, L, np.broadcast_to(np.arange(L), checked.shape))
+        at = np.broadcast_to(np.arange(L), checked.shape)
+        return self._run(checked, taken, L, at, [None] * self.batch).logits()
+
+    def next(self, tokens: Ids, lengths: Ids, samplers: Samplers) -> Ids:
+        """Reads a token a row and chooses the ones after them, without a look at the logits.
+
+        Args:
+            tokens: int64 [B].
+            lengths: int64 [B], 0 for rows that take none.
+            samplers: one a row; None for rows that want no token.
+
+        Returns:
+            int64 [B], -1 where the logits are no numbers; what rows without a sampler get means nothing.
+
+        Raises:
+            ValueError, CapacityError: as ``step``.
+        """
+        return self._run(
+            *self._checked(tokens[:, None], lengths), 1, np.zeros((self.batch, 1), np.int64), samplers
+        ).token[:, 0]
 
     def prefill(self, ids: Tokens, *, lengths: Lengths = None, segment: int | None = None) -> Floats:
         """Reads tokens in segments, so that memory beyond the state stays bounded.
@@ -171,13 +191,17 @@ class Session:
         numbers for less work, which does not grow faster than the prompt."""
         return self._prefill(*self._checked(ids, lengths), segment, short=True)
 
-    def segments(self, ids: Tokens, *, lengths: Lengths = None) -> Iterator[Floats]:
+    def segments(self, ids: Tokens, samplers: Samplers, *, lengths: Lengths = None) -> Iterator[Ids]:
         """``short_prefill`` that pauses after each segment, for who has other things to do between them.
 
         Yields:
-            What ``short_prefill`` returns, as far as it is known: complete with the last.
+            The tokens chosen after what each row takes, int64 [B], as ``next`` returns them; of rows that have not
+            been read to their end they mean nothing.
         """
-        return self._segments(*self._checked(ids, lengths), None, short=True)
+        token = np.zeros(self.batch, np.int64)
+        for ends, step in self._segments(*self._checked(ids, lengths), None, True, samplers):
+            token[ends] = step.token[ends, 0]
+            yield token
 
     def generate(
         self,
@@ -260,37 +284,35 @@ class Session:
     def _stream(
         self, ids: Ids, lengths: Ids, count: int, samplers: list[Sampler], stop: set[int]
     ) -> Iterator[list[int]]:
-        logits = self._prefill(ids, lengths, None, short=True)
-        greedy = samplers[0].temperature == 0
-        tokens = [sample(row) for sample, row in zip(samplers, logits)]
+        *_, chosen = self.segments(ids, samplers, lengths=lengths)
         live = np.ones(self.batch, np.int64)
         for left in reversed(range(count)):
+            tokens = [checked_token(token) if on else 0 for token, on in zip(chosen.tolist(), live)]
             live &= [token not in stop for token in tokens]
             if not live.any():
                 return
             yield [token if on else -1 for token, on in zip(tokens, live)]
             if left:
-                step = self._decoder.run(np.where(live, tokens, 0), live)
-                # The likeliest tokens come from the graph: on a GPU, no logits cross the bus for them.
-                if greedy:
-                    tokens = [checked_token(row, token) for row, token in zip(step.logits, step.token.tolist())]
-                else:
-                    tokens = [sample(row) for sample, row in zip(samplers, step.logits)]
+                step = self._decoder.run(np.where(live, tokens, 0), live, Choices.of(samplers))
+                chosen = step.token[:, 0]
 
     def _prefill(self, ids: Ids, lengths: Ids, segment: int | None, short: bool) -> Floats:
         logits = np.zeros((self.batch, self.vocab_size), np.float32)
-        for known in self._segments(ids, lengths, segment, short):
-            logits = known
+        for ends, step in self._segments(ids, lengths, segment, short, [None] * self.batch):
+            if ends.any():
+                logits[ends] = step.logits()[ends, 0]
         return logits
 
-    def _segments(self, ids: Ids, lengths: Ids, segment: int | None, short: bool) -> Iterator[Floats]:
+    def _segments(
+        self, ids: Ids, lengths: Ids, segment: int | None, short: bool, samplers: Samplers
+    ) -> Iterator[tuple[np.ndarray[Any, np.dtype[np.bool_]], Step]]:
+        """Which rows end in a segment, and what it gave."""
         size = self.segment if segment is None else segment
         if size < 1:
             raise ValueError(f"segment must be at least 1, got {segment}")
         total = int(lengths.max())
         self.state.make_room(lengths, self.runtime.least_chunks)
         needed = min((int(n) for n in lengths if n), default=0) - self.upper_reach if short else 0
-        logits = np.zeros((self.batch, self.vocab_size), np.float32)
         for start in range(0, total, size):
             part = ids[:, start : min(start + size, total)]
             L = part.shape[1]
@@ -298,15 +320,16 @@ class Session:
             upper = int(np.clip(start + L - needed, 1, L))
             ends = (start < lengths) & (lengths <= start + L)
             last = np.where(ends, taken - 1 - (L - upper), 0)[:, None]
-            got = self._run(part, taken, upper, last)[:, 0]
-            logits[ends] = got[ends]
-            yield logits
+            ending = [sampler if end else None for sampler, end in zip(samplers, ends)]
+            # Not by the decoder, even if it is one token: a CUDA graph costs more than it saves where nothing follows.
+            yield ends, self._binding.run(part, taken, upper, last, Choices.of(ending))
 
-    def _run(self, ids: Ids, lengths: Ids, upper: int, logits_at: Ids) -> Floats:
-        """Logits [B, w, V] after tokens ``logits_at`` [B, w] of the last ``upper`` ones, those of the upper half."""
+    def _run(self, ids: Ids, lengths: Ids, upper: int, logits_at: Ids, samplers: Samplers) -> Step:
+        """What comes after tokens ``logits_at`` [B, w] of the last ``upper`` ones, those of the upper half."""
+        choices = Choices.of(samplers)
         if ids.shape[1] == 1:
-            return self._decoder.run(ids[:, 0], lengths).logits[:, None].copy()
-        return self._binding.run(ids, lengths, upper, logits_at)
+            return self._decoder.run(ids[:, 0], lengths, choices)
+        return self._binding.run(ids, lengths, upper, logits_at, choices)
 
     def _checked(self, ids: Any, lengths: Lengths) -> tuple[Ids, Ids]:
         array = np.asarray(ids)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hsa_compile.export.choice import sample
 from hsa_compile.export.window import rotary, sliding_window
 from hsa_compile.model.cache import cache_write
 from hsa_compile.model.encoder import Memory
@@ -26,7 +27,7 @@ from hsa_compile.model.model import HsaModel
 
 
 class Segment(NamedTuple):
-    """What a step is asked to do; all int64.
+    """What a step is asked to do; int64 but for the last three, float32.
 
     Attributes:
         input_ids: [B, L].
@@ -38,6 +39,7 @@ class Segment(NamedTuple):
         logits_at: [B, w], places among ``upper``.
         completing: [B, n], 0 … B * n - 1, for as many chunks a row as any row completes, or more. What a row writes
             beyond its own stays unseen and is overwritten when the chunk is complete; the memory must have room for it.
+        temperature, top_p, uniform: [B], how a token is chosen (``choice.sample``).
     """
 
     input_ids: Tensor
@@ -47,11 +49,14 @@ class Segment(NamedTuple):
     upper: Tensor
     logits_at: Tensor
     completing: Tensor
+    temperature: Tensor
+    top_p: Tensor
+    uniform: Tensor
 
 
 class StaticStep(nn.Module):
-    """The step as a module. Its outputs are logits float32 [B, w, V], the likeliest tokens int64 [B, w], and the state
-    in the order of the inputs."""
+    """The step as a module. Its outputs are logits float32 [B, w, V], the tokens chosen from them int64 [B, w], and the
+    state in the order of the inputs."""
 
     def __init__(self, model: HsaModel) -> None:
         super().__init__()
@@ -66,6 +71,9 @@ class StaticStep(nn.Module):
         upper: Tensor,
         logits_at: Tensor,
         completing: Tensor,
+        temperature: Tensor,
+        top_p: Tensor,
+        uniform: Tensor,
         position: Tensor,
         pending: Tensor,
         swa_k: list[Tensor],
@@ -93,9 +101,9 @@ class StaticStep(nn.Module):
         x = model.upper_half(x.index_select(1, upper), above, memory, begin, chunks)  # type: ignore[arg-type]
         wanted = (rows * (length - first))[:, None] + logits_at
         logits = model.head(model.norm(F.embedding(wanted, x.flatten(0, 1)))).float()
-        likeliest = logits.topk(1).indices.squeeze(-1)  # argmax is cuDNN's on a GPU, which a CUDA graph may not hold
+        token = sample(logits, temperature, top_p, uniform)
         rings = ([*lower.new_k, *above.new_k], [*lower.new_v, *above.new_v])
-        return logits, likeliest, after, pending, *rings, *memory
+        return logits, token, after, pending, *rings, *memory
 
     @property
     def S(self) -> int:

@@ -161,11 +161,13 @@ _INPUTS = {
         ("position", _INT64, 1),
         ("lengths", _INT64, 1),
     ],
+    "Sample": [("logits", _FLOAT, 3), *((name, _FLOAT, 1) for name in ("temperature", "top_p", "uniform"))],
 }
 _OUTPUTS = {
     "ChunkSelect": [("indices", _INT32, 4), ("scores", _FLOAT, 4)],
     "ChunkAttention": [("o", _T, 4)],
     "SlidingWindow": [("o", _T, 4), ("present_k", _T, 4), ("present_v", _T, 4)],
+    "Sample": [("token", _INT64, 2)],
 }
 
 

@@ -8,9 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from hsa_compile.export.sampling import Floats
+from hsa_compile.export.sampling import Sampler
 from hsa_compile.model.tokenizer import ByteTokenizer
 from hsa_compile.serve.app import Limits, Service
 
@@ -21,7 +19,7 @@ SEGMENT = 4
 class CountingEngine:
     """After a token t comes t + 1 (after ``z``, ``a``). Checks how it is used: one thread, rows that are held.
 
-    ``gate`` stops every step until it is set; the token ``broken`` raises, after ``nan`` come logits that are NaN.
+    ``gate`` stops every step until it is set; the token ``broken`` raises, after ``nan`` no token can be chosen.
     """
 
     def __init__(self, rows: int, broken: int = -1, nan: int = -1) -> None:
@@ -29,25 +27,26 @@ class CountingEngine:
         self.gate = threading.Event()
         self.gate.set()
         self.unread: dict[int, list[int]] = {}
-        self.last: dict[int, int] = {}
+        self.samplers: dict[int, Sampler] = {}
         self.most = self.reads = self.together = 0
         self.released: list[tuple[int, int]] = []  # rows, and how many segments had been read by then
         self._threads: set[int] = set()
 
-    def admit(self, prompt_ids: Sequence[int]) -> int:
+    def admit(self, prompt_ids: Sequence[int], sampler: Sampler) -> int:
         self._used()
         row = min(set(range(self.rows)) - set(self.unread))
         self.unread[row] = list(prompt_ids)
+        self.samplers[row] = sampler
         self.most = max(self.most, len(self.unread))
         return row
 
-    def read(self, row: int) -> Floats | None:
+    def read(self, row: int) -> int | None:
         self._step()
         self.reads += 1
         part, self.unread[row] = self.unread[row][:SEGMENT], self.unread[row][SEGMENT:]
         return None if self.unread[row] else self._after(row, part[-1])
 
-    def decode(self, tokens: Mapping[int, int]) -> dict[int, Floats]:
+    def decode(self, tokens: Mapping[int, int]) -> dict[int, int]:
         self._step()
         self.together = max(self.together, len(tokens))
         assert all(not self.unread[row] for row in tokens), "decoded before its prompt was read"
@@ -58,12 +57,14 @@ class CountingEngine:
         self.released.append((row, self.reads))
         del self.unread[row]
 
-    def _after(self, row: int, token: int) -> Floats:
+    def _after(self, row: int, token: int) -> int:
         if token == self.broken:
             raise RuntimeError("the device is on fire")
-        logits = np.zeros(VOCAB, np.float32)
-        logits[ord("a") if token == ord("z") else token + 1] = 50
-        return logits * np.float32("nan") if token == self.nan else logits
+        after = ord("a") if token == ord("z") else token + 1
+        sampler = self.samplers[row]
+        if sampler.temperature > 1:  # hot texts skip letters at random
+            after = ord("a") + int(26 * sampler.draw())
+        return -1 if token == self.nan else after
 
     def _used(self) -> None:
         self._threads.add(threading.get_ident())

@@ -45,6 +45,7 @@ int32_t hsa_plain_run(int32_t op, int32_t dtype, const int64_t* statics, float s
   for (int64_t i = 0; i < dims[0] * dims[1] * statics[0] * statics[2]; ++i) ((float*)tensors[5])[i] = 5;
   return op != HSA_CHUNK_ATTENTION;
 }
+int32_t hsa_gpu_sample(void* const* tensors, const int64_t* dims, void* stream) { return 1; }
 int32_t hsa_gpu_capability(int32_t* capability) { *capability = CAPABILITY; return 0; }
 int32_t hsa_gpu_fill(void* data, int32_t byte, int64_t bytes, void* stream) { memset(data, byte, bytes); return 0; }
 const char* hsa_gpu_message(int32_t error) { return "an error of CUDA's"; }

@@ -75,6 +75,8 @@ def test_bfloat16_runs_by_the_definition_of_onnx(tmp_path: Path) -> None:
             "input_ids": IDS[:, at : at + L], "lengths": np.full(2, L), "rows": np.arange(2), "tokens": np.arange(L),
             "upper": np.arange(L), "logits_at": np.stack([np.arange(L)] * 2),
             "completing": np.arange(2 * n).reshape(2, n),
+            "temperature": np.zeros(2, np.float32), "top_p": np.ones(2, np.float32),
+            "uniform": np.zeros(2, np.float32),
         }  # fmt: skip
         results = evaluator.run(None, segment | {f"past.{name}": x for name, x in state.items()})
         made = dict(zip(evaluator.output_names, results))

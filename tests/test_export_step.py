@@ -65,8 +65,17 @@ class Runner:
         places = torch.arange(u).expand(B, u)
         index = torch.arange(B * n).view(B, n)
         with torch.no_grad():
+            greedy = torch.zeros(B), torch.ones(B), torch.zeros(B)
             logits, token, *self.state = self.step(
-                ids, taken, torch.arange(B), torch.arange(L), torch.arange(L - u, L), places, index, *self.state
+                ids,
+                taken,
+                torch.arange(B),
+                torch.arange(L),
+                torch.arange(L - u, L),
+                places,
+                index,
+                *greedy,
+                *self.state,
             )
         return logits, token
 
@@ -211,6 +220,7 @@ def test_operators_for_tracing() -> None:
     x = window_inputs(2, 5, 4, 2, 6, 3, [0, 9], 0)
     torch.library.opcheck(torch.ops.hsa.sliding_window.default, x)
     angles = torch.randn(2, 3, 3)
+    torch.library.opcheck(torch.ops.hsa.sample.default, (torch.randn(2, 3, 9), *torch.rand(3, 2)))
     torch.library.opcheck(torch.ops.hsa.rotary.default, (x[0], angles.cos(), angles.sin()))
     assert torch.equal(rotary(x[0], angles.cos(), angles.sin()), rotate(x[0], *(f[:, :, None] for f in _both(angles))))
 

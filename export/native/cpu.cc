@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <thread>
 
+#include "sample.h"
 #include "support.h"
 
 namespace hsa {
@@ -59,16 +60,40 @@ int32_t thread_count() {
   return threads;
 }
 
+/* A team of one (sample.h). */
+struct Alone {
+  uint64_t bins[kBins];
+  int64_t found = 0;
+
+  int rank() const { return 0; }
+  int size() const { return 1; }
+  void sync() const {}
+  void add(uint64_t* sum, uint64_t x) const { *sum += x; }
+  uint64_t most(uint64_t x) const { return x; }
+  uint64_t before(uint64_t) const { return 0; }
+  uint64_t sum(uint64_t x) const { return x; }
+};
+
+void sample(const Call& call) {
+  const auto of = [&](int i) { return static_cast<const float*>(call.tensors[i]); };
+  const int64_t w = call.dims[1], V = call.dims[2];
+  Alone team;
+  for (int64_t row = 0; row < call.dims[0] * w; ++row)
+    static_cast<int64_t*>(call.tensors[4])[row] =
+        choose(team, of(0) + row * V, V, of(1)[row / w], of(2)[row / w], of(3)[row / w]);
+}
+
 }  // namespace
 
 bool Cpu::serves(int32_t op, int32_t dtype) {
-  return std::any_of(hsa_entries, hsa_entries + hsa_entry_count,
+  return op == HSA_SAMPLE || std::any_of(hsa_entries, hsa_entries + hsa_entry_count,
                      [&](const hsa_entry& entry) { return entry.cpu && entry.op == op && entry.dtype == dtype; });
 }
 
 void Cpu::fill(void* data, int32_t byte, int64_t bytes, ort::KernelContext*) { std::memset(data, byte, bytes); }
 
 void Cpu::run(const Call& call, ort::KernelContext* context) {
+  if (call.problem.op == HSA_SAMPLE) return sample(call);
   const int failed = hsa_execute(find_kernel(call), call.tensors.data(), call.dims, thread_count(), parallel, context);
   require(!failed, std::string(kOpNames[call.problem.op]) + ": out of memory", ort::kFail);
 }

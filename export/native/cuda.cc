@@ -98,7 +98,9 @@ void Cuda::run(const Call& call, ort::KernelContext* context) {
   const char* message = nullptr;
   if (!kernel) {
     const int32_t error =
-        hsa_plain_run(problem.op, problem.dtype, problem.statics.data(), problem.scale, tensors, call.dims, stream);
+        problem.op == HSA_SAMPLE
+            ? hsa_gpu_sample(tensors, call.dims, stream)
+            : hsa_plain_run(problem.op, problem.dtype, problem.statics.data(), problem.scale, tensors, call.dims, stream);
     if (error) message = hsa_gpu_message(error);
   } else {
     const Scratch scratch(context, call.memory, kernel->scratch_bytes(call.dims));

@@ -1,5 +1,5 @@
 /* Registers the operators of domain hsa with ONNX Runtime: for its CPU provider those that the library has kernels for,
- * for its CUDA provider, where the library was built with it, all of them. */
+ * and hsa.Sample; for its CUDA provider, where the library was built with it, all of them. */
 #include <iterator>
 
 #include "operators.h"
@@ -13,7 +13,8 @@ namespace {
 constexpr const char* kStaticNames[][HSA_STATICS] = {
     {"kv_heads", "retrieval_heads", "retrieval_dim", "chunk_size", "top_k", "window"},
     {"q_heads", "kv_heads", "head_dim", "chunk_size", "top_k", "off_by_one"},
-    {"q_heads", "kv_heads", "head_dim", "window", nullptr, nullptr}};
+    {"q_heads", "kv_heads", "head_dim", "window", nullptr, nullptr},
+    {"vocabulary", nullptr, nullptr, nullptr, nullptr, nullptr}};
 constexpr ort::Element kElements[HSA_DTYPES] = {ort::kFloat, ort::kFloat16, ort::kBFloat16};
 
 Problem problem_of(const hsa_entry& entry) {
@@ -65,13 +66,13 @@ int64_t attribute(const ort::InferContext* context, const char* name) {
 
 /* The dimensions of an input: false where ONNX Runtime does not know one, not even by name. To hand such a one on would
  * say that it is -1. */
-bool known(ort::TypeShape* info, int64_t* dims, const char** symbols) {
+bool known(ort::TypeShape* info, size_t expected, int64_t* dims, const char** symbols) {
   size_t rank = 0;
   check(api.GetDimensionsCount(info, &rank));
-  if (rank != kRank) return false;
-  check(api.GetDimensions(info, dims, kRank));
-  check(api.GetSymbolicDimensions(info, symbols, kRank));
-  for (size_t i = 0; i < kRank; ++i)
+  if (rank != expected) return false;
+  check(api.GetDimensions(info, dims, rank));
+  check(api.GetSymbolicDimensions(info, symbols, rank));
+  for (size_t i = 0; i < rank; ++i)
     if (dims[i] < 0 && !*symbols[i]) return false;
   return true;
 }
@@ -82,7 +83,7 @@ void infer_like(ort::InferContext* context, size_t from, size_t to) {
   int64_t dims[kRank];
   const char* symbols[kRank];
   check(api.ShapeInferContext_GetInputTypeShape(context, from, &shape));
-  if (known(shape, dims, symbols)) check(api.ShapeInferContext_SetOutputTypeShape(context, to, shape));
+  if (known(shape, kRank, dims, symbols)) check(api.ShapeInferContext_SetOutputTypeShape(context, to, shape));
 }
 
 void infer(const Attention*, ort::InferContext* context) { infer_like(context, 0, 0); }
@@ -93,23 +94,38 @@ void infer(const Window*, ort::InferContext* context) {
   infer_like(context, 4, 2);
 }
 
+/* All outputs have that shape. */
+template <typename Op>
+void infer_all(ort::InferContext* context, size_t rank, const int64_t* dims, const char** symbols) {
+  ort::TypeShape* result = nullptr;
+  check(api.CreateTensorTypeAndShapeInfo(&result));
+  const std::unique_ptr<ort::TypeShape, void (*)(ort::TypeShape*)> release(result, api.ReleaseTensorTypeAndShapeInfo);
+  check(api.SetDimensions(result, dims, rank));
+  check(api.SetSymbolicDimensions(result, symbols, rank));
+  for (size_t i = 0; i < std::size(Op::kOutputs); ++i) {
+    check(api.SetTensorElementType(result, Op::kOutputs[i]));
+    check(api.ShapeInferContext_SetOutputTypeShape(context, i, result));
+  }
+}
+
 void infer(const Select*, ort::InferContext* context) {
-  ort::TypeShape *q = nullptr, *result = nullptr;
+  ort::TypeShape* q = nullptr;
   int64_t dims[kRank];
   const char* symbols[kRank];
   check(api.ShapeInferContext_GetInputTypeShape(context, 0, &q));
-  if (!known(q, dims, symbols)) return;
+  if (!known(q, kRank, dims, symbols)) return;
   dims[2] = attribute(context, "kv_num_heads");
   dims[3] = attribute(context, "top_k");
   symbols[2] = symbols[3] = "";
-  check(api.CreateTensorTypeAndShapeInfo(&result));
-  const std::unique_ptr<ort::TypeShape, void (*)(ort::TypeShape*)> release(result, api.ReleaseTensorTypeAndShapeInfo);
-  check(api.SetDimensions(result, dims, kRank));
-  check(api.SetSymbolicDimensions(result, symbols, kRank));
-  for (size_t i = 0; i < std::size(Select::kOutputs); ++i) {
-    check(api.SetTensorElementType(result, Select::kOutputs[i]));
-    check(api.ShapeInferContext_SetOutputTypeShape(context, i, result));
-  }
+  infer_all<Select>(context, kRank, dims, symbols);
+}
+
+void infer(const Sample*, ort::InferContext* context) {
+  ort::TypeShape* logits = nullptr;
+  int64_t dims[3];
+  const char* symbols[3];
+  check(api.ShapeInferContext_GetInputTypeShape(context, 0, &logits));
+  if (known(logits, 3, dims, symbols)) infer_all<Sample>(context, 2, dims, symbols);
 }
 
 // ---------------------------------------------------------------------------------------------------- registration
@@ -175,10 +191,12 @@ ort::CustomOpDomain* create_domain() {
   add_all<Select, Cpu>(domain);
   add_all<Attention, Cpu>(domain);
   add_all<Window, Cpu>(domain);
+  add<Sample, Cpu, HSA_FLOAT32>(domain);
 #ifdef HSA_CUDA
   add_all<Select, Cuda>(domain);
   add_all<Attention, Cuda>(domain);
   add_all<Window, Cuda>(domain);
+  add<Sample, Cuda, HSA_FLOAT32>(domain);
 #endif
   return domain;
 }

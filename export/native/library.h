@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-enum { HSA_CHUNK_SELECT = 0, HSA_CHUNK_ATTENTION = 1, HSA_SLIDING_WINDOW = 2, HSA_OPS = 3, HSA_STATICS = 6 };
+enum { HSA_CHUNK_SELECT = 0, HSA_CHUNK_ATTENTION = 1, HSA_SLIDING_WINDOW = 2, HSA_SAMPLE = 3, HSA_STATICS = 6 };
 enum { HSA_FLOAT32 = 0, HSA_FLOAT16 = 1, HSA_BFLOAT16 = 2, HSA_DTYPES = 3 };
 
 /* A kind of machine. CPUs: level of x86-64, 0 for what runs on all machines of this library's kind. GPUs: capability is
@@ -39,9 +39,10 @@ extern const int32_t hsa_target_count;
 extern const hsa_entry hsa_entries[];
 extern const int32_t hsa_entry_count;
 
-/* Of plain.cu, in libraries with GPU kernels. Results are 0 or an error of CUDA's. */
+/* Of plain.cu and sample.cu, in libraries with GPU kernels. Results are 0 or an error of CUDA's. */
 int32_t hsa_plain_run(int32_t op, int32_t dtype, const int64_t* statics, float scale, void* const* tensors,
                       const int64_t* dims, void* stream);
+int32_t hsa_gpu_sample(void* const* tensors, const int64_t* dims, void* stream);
 int32_t hsa_gpu_capability(int32_t* capability);
 int32_t hsa_gpu_fill(void* data, int32_t byte, int64_t bytes, void* stream);
 const char* hsa_gpu_message(int32_t error);

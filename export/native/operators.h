@@ -170,4 +170,37 @@ struct Window {
   }
 };
 
+/* Needs no compiled kernel: one serves all sizes. */
+struct Sample {
+  static constexpr int32_t kOp = HSA_SAMPLE;
+  static constexpr ort::Element kInputs[] = {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat};
+  static constexpr ort::Element kOutputs[] = {ort::kInt64};
+
+  explicit Sample(const ort::KernelInfo*) {}
+
+  template <typename Provider>
+  void compute(ort::KernelContext* context, int32_t dtype) const {
+    const Tensor logits = input(context, 0, "logits", 3), temperature = input(context, 1, "temperature", 1);
+    const Tensor top_p = input(context, 2, "top_p", 1), uniform = input(context, 3, "uniform", 1);
+    const int64_t B = logits.shape[0], w = logits.shape[1], V = logits.shape[2];
+    for (const Tensor* tensor : {&temperature, &top_p, &uniform}) require_shape(*tensor, {B}, "[B]");
+    require(1 <= V && V <= kMostLogits, "hsa.Sample: logits must be 1 … 2^23 a row, got " + std::to_string(V));
+    if (Provider::kHost) require_choice(temperature, top_p, uniform);
+    const Tensor token = output(context, 0, "token", {B, w});
+    if (token.elements() == 0) return;
+    const std::vector<void*> tensors{logits.data, temperature.data, top_p.data, uniform.data, token.data};
+    Provider::run({{kOp, dtype, {V}, 0}, tensors, {B, w, V}, logits.memory}, context);
+  }
+
+  static constexpr int64_t kMostLogits = 1 << 23;  // whose masses fit into a sum
+
+  static void require_choice(const Tensor& temperature, const Tensor& top_p, const Tensor& uniform) {
+    const auto value = [](const Tensor& tensor, int64_t b) { return static_cast<const float*>(tensor.data)[b]; };
+    for (int64_t b = 0; b < top_p.shape[0]; ++b)
+      require(value(temperature, b) >= 0 && value(temperature, b) < INFINITY && value(top_p, b) > 0 && value(top_p, b) <= 1 &&
+                  value(uniform, b) >= 0 && value(uniform, b) < 1,
+              "hsa.Sample: temperature must be finite and at least 0, top_p above 0 and at most 1, uniform at least 0 and below 1");
+  }
+};
+
 }  // namespace hsa

@@ -98,7 +98,7 @@ inline void require_shape(const Tensor& tensor, const std::vector<int64_t>& expe
 
 // ----------------------------------------------------------------------------------------------------------- calls
 
-constexpr const char* kOpNames[] = {"hsa.ChunkSelect", "hsa.ChunkAttention", "hsa.SlidingWindow"};
+constexpr const char* kOpNames[] = {"hsa.ChunkSelect", "hsa.ChunkAttention", "hsa.SlidingWindow", "hsa.Sample"};
 constexpr const char* kDtypeNames[] = {"float32", "float16", "bfloat16"};
 
 /* A problem as the library's table has it. */
@@ -112,7 +112,7 @@ struct Problem {
 struct Call {
   Problem problem;
   std::vector<void*> tensors;
-  int64_t dims[3];                /* B, L, C */
+  int64_t dims[3];                /* B, L, C; of Sample B, w, V */
   const ort::MemoryInfo* memory;  /* where the tensors lie */
 };
 

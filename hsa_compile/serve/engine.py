@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from hsa_compile.export.sampling import Floats
+from hsa_compile.export.sampling import Sampler
 from hsa_compile.export.session import Session
 
 
@@ -23,16 +23,18 @@ class Engine(Protocol):
         """Texts at a time."""
         ...
 
-    def admit(self, prompt_ids: Sequence[int]) -> int:
-        """Takes a free row, which is to read the prompt: at least one id, all within the vocabulary."""
+    def admit(self, prompt_ids: Sequence[int], sampler: Sampler) -> int:
+        """Takes a free row, which is to read the prompt, at least one id, all within the vocabulary, and whose tokens
+        are chosen so."""
         ...
 
-    def read(self, row: int) -> Floats | None:
-        """Reads the next segment of the row's prompt: logits [V] after its last token, None if there is more."""
+    def read(self, row: int) -> int | None:
+        """Reads the next segment of the row's prompt: the token after it, None if there is more. It is -1 where the
+        logits are no numbers."""
         ...
 
-    def decode(self, tokens: Mapping[int, int]) -> dict[int, Floats]:
-        """Reads one token in each of these rows and returns the logits [V] after it, by row."""
+    def decode(self, tokens: Mapping[int, int]) -> dict[int, int]:
+        """Reads one token in each of these rows and returns the ones after them, by row."""
         ...
 
     def release(self, row: int) -> None:
@@ -44,7 +46,7 @@ class _Reader(NamedTuple):
     """A prompt that is being read."""
 
     session: Session
-    segments: Iterator[Floats]
+    tokens: Iterator[Any]
     length: int
 
 
@@ -61,30 +63,34 @@ class SessionEngine:
         self._session = session
         self._free = list(reversed(range(self.rows)))
         self._readers: dict[int, _Reader] = {}
+        self._samplers: dict[int, Sampler] = {}
 
-    def admit(self, prompt_ids: Sequence[int]) -> int:
+    def admit(self, prompt_ids: Sequence[int], sampler: Sampler) -> int:
         reader = self._session.fork()
         row = self._free.pop()
-        self._readers[row] = _Reader(reader, reader.segments(prompt_ids), len(prompt_ids))
+        self._samplers[row] = sampler
+        self._readers[row] = _Reader(reader, reader.segments(prompt_ids, [sampler]), len(prompt_ids))
         return row
 
-    def read(self, row: int) -> Floats | None:
+    def read(self, row: int) -> int | None:
         reader = self._readers[row]
-        logits = next(reader.segments)
+        token = int(next(reader.tokens)[0])
         if reader.session.position < reader.length:
             return None
         self._session.copy_row(reader.session, 0, row)
         del self._readers[row]
-        return logits[0]
+        return token
 
-    def decode(self, tokens: Mapping[int, int]) -> dict[int, Floats]:
-        ids, lengths = np.zeros((self.rows, 1), np.int64), np.zeros(self.rows, np.int64)
+    def decode(self, tokens: Mapping[int, int]) -> dict[int, int]:
+        ids, lengths = np.zeros(self.rows, np.int64), np.zeros(self.rows, np.int64)
         for row, token in tokens.items():
             ids[row], lengths[row] = token, 1
-        logits = self._session.step(ids, lengths)
-        return {row: logits[row, 0] for row in tokens}
+        samplers = [self._samplers[row] if row in tokens else None for row in range(self.rows)]
+        chosen = self._session.next(ids, lengths, samplers)
+        return {row: int(chosen[row]) for row in tokens}
 
     def release(self, row: int) -> None:
         self._readers.pop(row, None)
+        self._samplers.pop(row, None)
         self._session.reset(row)
         self._free.append(row)

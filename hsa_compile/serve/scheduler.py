@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hsa_compile.export.sampling import Floats, Sampler
+from hsa_compile.export.sampling import Sampler, checked_token
 from hsa_compile.model.tokenizer import StreamDecoder
 from hsa_compile.serve.engine import Engine
 from hsa_compile.serve.metrics import Metrics
@@ -41,7 +41,7 @@ class Job:
     Args:
         prompt_ids: at least one token.
         max_tokens: at most so many new ones, at least 1.
-        sampler: chooses them.
+        sampler: how they are chosen.
         decoder: makes text of them.
         stops: where the text ends.
         end_ids: tokens that end it.
@@ -202,32 +202,32 @@ class Scheduler:
                     return
                 job = self._waiting.popleft()
             try:
-                self._reading.append((self._engine.admit(job.prompt_ids), job))
+                self._reading.append((self._engine.admit(job.prompt_ids, job.sampler), job))
             except Exception as error:
                 self._fail(job, error)
 
     def _read(self) -> None:
         row, job = self._reading[0]
         try:
-            logits = self._engine.read(row)
+            token = self._engine.read(row)
         except Exception as error:
             self._leave(row)
             self._fail(job, error)
             return
         self._reading.popleft()
-        if logits is None:
+        if token is None:
             self._reading.append((row, job))
             return
         self._metrics.prompt_tokens.inc(len(job.prompt_ids))
         self._decoding[row] = job
-        self._take(row, job, logits)
+        self._take(row, job, token)
         self._metrics.first_token_seconds.observe(time.monotonic() - job.since)
 
     def _decode(self) -> None:
         jobs = dict(self._decoding)
         started = time.monotonic()
         try:
-            logits = self._engine.decode({row: job.token for row, job in jobs.items()})
+            tokens = self._engine.decode({row: job.token for row, job in jobs.items()})
         except Exception as error:
             for row, job in jobs.items():
                 self._leave(row)
@@ -235,12 +235,12 @@ class Scheduler:
             return
         self._metrics.step_seconds.observe(time.monotonic() - started)
         for row, job in jobs.items():
-            self._take(row, job, logits[row])
+            self._take(row, job, tokens[row])
 
-    def _take(self, row: int, job: Job, logits: Floats) -> None:
-        """Chooses the row's next token and passes its text on."""
+    def _take(self, row: int, job: Job, token: int) -> None:
+        """Passes the text of the row's next token on."""
         try:
-            job.token = job.sampler(logits)
+            job.token = checked_token(token)
             ended = job.token in job.end_ids
             text = "" if ended else job.stops.push(job.decoder.push([job.token]))
         except Exception as error:

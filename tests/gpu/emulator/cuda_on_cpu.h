@@ -201,7 +201,7 @@ inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int atomicOr(int* at, int bits) { const int old = *at; *at |= bits; return old; }
 inline int atomicExch(int* at, int x) { const int old = *at; *at = x; return old; }
 inline int atomicMax(int* at, int x) { const int old = *at; *at = max(*at, x); return old; }
-inline int atomicAdd(int* at, int x) { const int old = *at; *at += x; return old; }
+template <class N> N atomicAdd(N* at, N x) { const N old = *at; *at += x; return old; }
 inline void AtomicMax(int* at, int x, int = 0) { *at = max(*at, x); }
 template <class T, class U> void AtomicAdd(T* at, U x, int = 0) { *at += T(x); }
 template <class T, class U> T AtomicAddRet(T* at, U x, int = 0) { const T old = *at; *at += T(x); return old; }
