@@ -261,7 +261,7 @@ def test_cuda_kernels_at_any_address(emulated: Callable[[Pass, Tensors], Tensors
 
 @pytest.mark.parametrize("external_data_above", [0, 1 << 30], ids=["constants beside the graph", "constants in it"])
 def test_whole_graphs_are_fused(tmp_path: Path, external_data_above: int) -> None:
-    """The encoder's rotations are by constants, of which the exporter leaves equal ones where they are as large as here."""
+    """The encoder's rotations are by constants, of which the exporter leaves equal ones where they are this large."""
     config = replace(CONFIG, chunk_size=64, swa_head_dim=64, leave_window=False)
     model = HsaModel(config).bfloat16().eval()
     graph = onnx.load(export_graph(model, tmp_path / "model.onnx", external_data_above), load_external_data=False).graph
