@@ -20,7 +20,12 @@ def window_tile(problem: SlidingWindow, arch: str = "sm_90a", length: int | None
 
 
 def _warpgroups_tile(problem: SlidingWindow) -> GpuTile | None:
-    """Three warpgroups, or two of wide heads, that fill a multiprocessor's registers; None where they take no token."""
+    """Three warpgroups, or two of wide heads, that fill a multiprocessor's registers; None where they take no token.
+
+    On an H100, 32 768 tokens of 16/2 heads of 128 take 0.33 ms so, by two warpgroups 0.34 to 0.42. Four took 0.25 with
+    heads of 64 instead of 0.24, and of 16/16 heads 0.28 instead of 0.29. Taking turns at issuing products, as
+    FlashAttention-3 does, cost 4 to 14 %, and scaling sums only where a peak grew by much 2 to 3 %.
+    """
     D, G = problem.head_dim, problem.groups
     other = (
         36 if D % 64 == 0 else 44
