@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,16 +23,17 @@ Shape = tuple[int | str, ...]
 _SAME_NUMBERS = ("Reshape", "Cast", "CastLike")
 
 
-def fuse(graph: onnx.GraphProto) -> None:
+def fuse(graph: onnx.GraphProto, directory: Path) -> None:
     """Replaces what the operators compute by them, in place. Other nodes stay as they are.
 
     Args:
         graph: with the shapes of its values in ``value_info``.
+        directory: where constants lie that are not in the graph itself.
 
     Raises:
         ValueError: a rotation is left, whose angles the standard operator may not take.
     """
-    view = _View(graph)
+    view = _View(graph, directory)
     for node in graph.node:
         if node.op_type == "Split":
             _fuse_swiglu(view, node)
@@ -71,8 +73,8 @@ def drop_unused(graph: onnx.GraphProto) -> None:
 class _View:
     """A graph, who makes and uses its values, and what is to become of its nodes."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self.graph = graph
+    def __init__(self, graph: onnx.GraphProto, directory: Path) -> None:
+        self.graph, self.directory = graph, directory
         self.shapes = value_shapes(graph)
         self.initializers = {i.name: i for i in graph.initializer}
         self.maker = {name: node for node in graph.node for name in node.output}
@@ -92,8 +94,11 @@ class _View:
         return len(a) == len(b) and all(x == y or self._constant(x) == self._constant(y) != b"" for x, y in zip(a, b))
 
     def _constant(self, name: str) -> bytes:
-        constant = self.initializers.get(name)
-        return b"" if constant is None else numpy_helper.to_array(constant).tobytes()
+        return self.array(name).tobytes() if name in self.initializers else b""
+
+    def array(self, name: str) -> np.ndarray[Any, Any]:
+        """A constant's value."""
+        return numpy_helper.to_array(self.initializers[name], base_dir=str(self.directory))
 
     def add_initializer(self, name: str, array: np.ndarray[Any, Any]) -> str:
         """A constant of the graph, the same one where it has one of that name."""
@@ -209,7 +214,7 @@ def _as_float(view: _View, name: str) -> str:
     constant = view.initializers.get(name)
     if constant is None or constant.data_type == onnx.TensorProto.FLOAT:
         return name
-    return view.add_initializer(f"{name}.float", numpy_helper.to_array(constant).astype(np.float32))
+    return view.add_initializer(f"{name}.float", view.array(name).astype(np.float32))
 
 
 def _fuse_norm(view: _View, norm: NodeProto) -> None:

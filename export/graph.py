@@ -86,7 +86,7 @@ def export_graph(model: HsaModel, path: Path, external_data_above: int = EXTERNA
     program.save(str(path), external_data=size > external_data_above)
     proto = onnx.load(str(path), load_external_data=False)
     fix_shapes(proto.graph)
-    fuse(proto.graph)
+    fuse(proto.graph, path.parent)
     _strip(proto.graph)
     del proto.metadata_props[:]
     _name_dimensions(proto, model.config)

@@ -6,7 +6,9 @@ import ctypes
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from onnx.reference import ReferenceEvaluator
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 from emulate import EMULATOR, adapted
-from export_kit import naive_kernel
+from export_kit import CONFIG, naive_kernel
 from hsa_compile.export import functions, schema
+from hsa_compile.export.graph import export_graph
 from hsa_compile.export.library import build_library
 from hsa_compile.ir import ChunkSelect
+from hsa_compile.model.model import HsaModel
 from inputs import Tensors
 from passes import CASES, Pass
 
@@ -253,3 +257,16 @@ def test_cuda_kernels_at_any_address(emulated: Callable[[Pass, Tensors], Tensors
         inputs = p.make(torch.bfloat16, seed)
         moved = tuple(torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in inputs)
         p.check(moved, emulated(p, moved))
+
+
+@pytest.mark.parametrize("external_data_above", [0, 1 << 30], ids=["constants beside the graph", "constants in it"])
+def test_whole_graphs_are_fused(tmp_path: Path, external_data_above: int) -> None:
+    """The encoder's rotations are by constants, of which the exporter leaves equal ones where they are this large."""
+    config = replace(CONFIG, chunk_size=64, swa_head_dim=64, leave_window=False)
+    model = HsaModel(config).bfloat16().eval()
+    graph = onnx.load(export_graph(model, tmp_path / "model.onnx", external_data_above), load_external_data=False).graph
+    made = Counter(node.op_type for node in graph.node)
+    layers = CONFIG.lower_layers + CONFIG.upper_layers
+    assert made["RotaryHeads"] == layers + CONFIG.encoder_layers
+    assert made["SwiGlu"] >= made["RotaryHeads"]
+    assert not made.keys() & {"Sigmoid", "RMSNormalization", "RotaryEmbedding"}
