@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -193,7 +194,8 @@ def _compile(scratch: Path, served: Sequence[Served]) -> Path:
         sources = ("plain.cu", "sample.cu", "fused.cu")
         jobs += [([nvcc, *_NVCC_FLAGS, *code, *include], native / name) for name in sources]
         link = [nvcc, *_CUDA_LINK_FLAGS]
-    own = [_object(command, source) for command, source in jobs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        own = list(pool.map(_object, *zip(*jobs)))
     kernels = [_relocatable(scratch, one, symbol) for symbol, one in zip(_symbols(served), served)]
     visible, built = scratch / "visible.map", scratch / "library.so"
     visible.write_text(_VISIBLE)

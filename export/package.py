@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import onnxruntime as ort
+
 from hsa_compile.export.bundle import GRAPH, LIBRARY, MANIFEST, README, BundleError, Manifest, write_manifest
 from hsa_compile.export.graph import EXPORTED, EXTERNAL_DATA_ABOVE, export_graph, graph_dtype, state_specs
 from hsa_compile.export.library import KernelObjects, LibraryError, Served, build_library
@@ -65,7 +67,10 @@ def export_bundle(
             dtype=dtype,
             targets=tuple(sorted({one.kernel.target for one in served})),
             kernels=tuple(_origin(one) for one in served),
-            versions={name: version(name) for name in ("hsa-compile", "torch", "onnx", "onnxruntime")},
+            versions={
+                "onnxruntime": ort.__version__,  # of whichever package it is from: there is onnxruntime-gpu, too
+                **{name: version(name) for name in ("hsa-compile", "torch", "onnx")},
+            },
         )
         export_graph(model, made / GRAPH, external_data_above)
         if served:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,6 +85,8 @@ def open_runtime(
     if host_memory and chosen != "cuda":
         raise ValueError('host_memory is for provider="cuda": a CPU has its memory in the host anyway')
     device: Device = Cuda(host_memory) if chosen == "cuda" else Host()
+    if chosen == "cuda":
+        _find_cuda()
     graphs = chosen == "cuda" and fused
     try:
         if fused:
@@ -102,6 +105,12 @@ def open_runtime(
     runtime = Runtime(session, chosen, fused, device, manifest, graphs)
     log.info("%s: %s", directory, runtime.describe())
     return runtime
+
+
+def _find_cuda() -> None:
+    """Loads CUDA's and cuDNN's libraries from the packages that onnxruntime-gpu installs; PyTorch loads its own."""
+    if "torch" not in sys.modules and hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
 
 
 def _check_graph(session: Any, manifest: Manifest) -> None:

@@ -84,13 +84,16 @@ class Session:
         self._decoder = Decoder(runtime, self.state, self.vocab_size)
         self._binding = Binding(runtime, self.state, self.vocab_size)
 
-    def fork(self, batch: int = 1) -> Session:
+    def fork(self, batch: int = 1, reserve: int | None = None) -> Session:
         """A session of its own rows on the same opened graph: costs a state, no second copy of the weights.
 
         Sessions of one graph must not run at the same time on a GPU.
+
+        Args:
+            reserve: as of the class; None for what this session was opened with.
         """
         other = object.__new__(Session)
-        other._start(self.runtime, batch, self._reserve, self._limit)
+        other._start(self.runtime, batch, self._reserve if reserve is None else reserve, self._limit)
         return other
 
     @property

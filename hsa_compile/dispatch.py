@@ -165,7 +165,7 @@ def _device_lacks(device: torch.device) -> str:
     return ""
 
 
-def _triton_lacks(q: Tensor) -> str:
+def triton_lacks(q: Tensor) -> str:
     """Why the Triton programs can't serve tensors like ``q``, "" if they can."""
     module, reason = _triton()
     if module is None:
@@ -185,7 +185,7 @@ def fuses(x: Tensor) -> bool:
     backend = current_backend()
     if backend in ("eager", "reference") or not (x.is_cuda or backend == "triton"):
         return False
-    return not _triton_lacks(x)
+    return not triton_lacks(x)
 
 
 def _plain(function: str, q: Tensor, tile: TritonTile | None, *arguments: Any) -> Any:
@@ -193,7 +193,7 @@ def _plain(function: str, q: Tensor, tile: TritonTile | None, *arguments: Any) -
     Triton; None for the hand-picked one."""
     backend = current_backend()
     if backend == "triton" or (backend == "auto" and q.is_cuda):
-        reason = _triton_lacks(q)
+        reason = triton_lacks(q)
         if not reason:
             return _run_triton(function, arguments, tile, demanded=backend == "triton")
         if backend == "triton":
@@ -216,7 +216,8 @@ def _run_triton(function: str, arguments: tuple[Any, ...], tile: TritonTile | No
 
 def _by_definition(function: Callable[..., Any], problem: Problem, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     results = function(problem, *(x.numpy(force=True) for x in inputs))
-    return [torch.from_numpy(x) for x in (results if isinstance(results, tuple) else (results,))]
+    device = inputs[0].device
+    return [torch.from_numpy(x).to(device) for x in (results if isinstance(results, tuple) else (results,))]
 
 
 def _kernel(problem: Problem, pass_name: str, q: Tensor) -> Kernel | CudaKernel | TritonTile | None:

@@ -1,4 +1,4 @@
-"""The ways in which a whole model is run to be compared: PyTorch on either path, ONNX Runtime by kernels or functions.
+"""The ways in which a whole model is run to be compared: PyTorch on each path, ONNX Runtime by kernels or functions.
 
 Shape letters: B rows, L tokens, V vocabulary.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from hsa_compile import dispatch
 from hsa_compile.export import Session
 from hsa_compile.model.generate import generate
 from hsa_compile.model.model import HsaModel
+from hsa_compile.model.prefill import prefill, short_prefill
 
 
 class Leg(Protocol):
@@ -28,23 +29,31 @@ class Leg(Protocol):
     def logits(self, rows: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> list[Any]:
         """Logits [L, V] of each row's tokens, which it reads in so many at a time."""
 
+    def last(self, row: Tensor, segment: int, short: bool) -> Any:
+        """Logits [V] after a prompt that is read in segments, by a short prefill if asked."""
+
     def generated(self, prompt: list[int], count: int) -> list[int]:
         """Greedy tokens."""
 
 
 class TorchLeg:
-    """PyTorch, on one of the operators' paths."""
+    """PyTorch, on one of the operators' paths, where the model is."""
 
     def __init__(self, model: HsaModel, name: dispatch.Backend) -> None:
-        self.model, self.name = model, name
+        self.model, self.name, self.device = model, name, model.embedding.weight.device
 
     def logits(self, rows: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> list[Any]:
         state, made = self.model.start(len(rows)), Pieces(rows)
         with dispatch.use_backend(self.name):
             for lengths in parts:
-                logits, state = self.model.step(made.next(lengths), state, lengths)
-                made.take(logits.float().numpy(), lengths)
+                logits, state = self.model.step(made.next(lengths).to(self.device), state, lengths)
+                made.take(logits.float().cpu().numpy(), lengths)
         return made.logits()
+
+    def last(self, row: Tensor, segment: int, short: bool) -> Any:
+        read = short_prefill if short else prefill
+        with dispatch.use_backend(self.name), torch.no_grad():
+            return read(self.model, row[None].to(self.device), segment)[0][0].float().cpu().numpy()
 
     def generated(self, prompt: list[int], count: int) -> list[int]:
         with dispatch.use_backend(self.name):
@@ -52,23 +61,29 @@ class TorchLeg:
 
 
 class OrtLeg:
-    """The bundle in ONNX Runtime, by its kernels or by the function bodies."""
+    """The bundle in ONNX Runtime, by its kernels or by the function bodies.
 
-    def __init__(self, bundle: Path, name: str) -> None:
-        self.name, self.bundle = name, bundle
+    Raises:
+        BundleError, DeviceError: it does not open there.
+    """
 
-    def _session(self, batch: int) -> Session:
-        fused = self.name == "ort-fused"
-        return Session(self.bundle, batch, "cpu", fused, threads=torch.get_num_threads(), reserve=0)
+    def __init__(self, bundle: Path, name: str, provider: Literal["cpu", "cuda"] = "cpu") -> None:
+        self.name = name
+        fused = name == "ort-fused"
+        self._opened = Session(bundle, 1, provider, fused, threads=torch.get_num_threads(), reserve=0)
 
     def logits(self, rows: Sequence[Tensor], parts: Sequence[Sequence[int]]) -> list[Any]:
-        session, made = self._session(len(rows)), Pieces(rows)
+        session, made = self._opened.fork(len(rows)), Pieces(rows)
         for lengths in parts:
             made.take(session.step(made.next(lengths).numpy(), lengths), lengths)
         return made.logits()
 
+    def last(self, row: Tensor, segment: int, short: bool) -> Any:
+        session = self._opened.fork()
+        return (session.short_prefill if short else session.prefill)(row.numpy(), segment=segment)[0]
+
     def generated(self, prompt: list[int], count: int) -> list[int]:
-        return list(self._session(1).generate(prompt, count))
+        return list(self._opened.fork().generate(prompt, count))
 
 
 class Pieces:

@@ -43,10 +43,10 @@ def test_cpus_and_small_tensors_are_left_to_pytorch(monkeypatch: pytest.MonkeyPa
     large, small = torch.empty(fused.LEAST), torch.empty(fused.LEAST - 1)
     assert not fused.serves(large)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
-    monkeypatch.setattr(dispatch, "_triton_lacks", lambda x: "")
+    monkeypatch.setattr(dispatch, "triton_lacks", lambda x: "")
     assert fused.serves(large)
     assert not fused.serves(small)
     with dispatch.use_backend("eager"):
         assert not fused.serves(large)
-    monkeypatch.setattr(dispatch, "_triton_lacks", lambda x: "there is none")
+    monkeypatch.setattr(dispatch, "triton_lacks", lambda x: "there is none")
     assert not fused.serves(large)

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from hsa_compile.bench.dense import DenseModel
 from hsa_compile.export.runtime import PROVIDERS
+from hsa_compile.export.session import Ids
 from hsa_compile.model.layers import NORM_EPS, SwaLayer, rotations
 
 MICROSOFT = "com.microsoft"
 OPSET = 23  # RMSNormalization
-SEGMENT = 512  # the CPU's kernel keeps the scores [H, L, T] of a step
+SEGMENTS = {"cpu": 512, "cuda": 4096}  # tokens a step: the CPU's kernel keeps the scores [H, L, T]
 
 
 class _Graph:
@@ -151,15 +152,16 @@ class DenseSession:
         """Forgets the text."""
         self.position = 0
 
-    def prefill(self, ids: Sequence[int], segment: int = SEGMENT) -> Any:
+    def prefill(self, ids: Sequence[int] | Ids, segment: int | None = None) -> Any:
         """Reads the next tokens, at least one, in segments: logits [V] after the last."""
+        segment = segment or SEGMENTS[self.provider]
         if self.position + len(ids) > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens")
         for start in range(0, len(ids), segment):
             logits = self._step(ids[start : start + segment])
         return logits
 
-    def _step(self, ids: Sequence[int]) -> Any:
+    def _step(self, ids: Sequence[int] | Ids) -> Any:
         self.position += len(ids)
         binding = self._session.io_binding()
         binding.bind_cpu_input("input_ids", np.array([ids], np.int64))

@@ -83,6 +83,8 @@ def common_keys(suite: str, seed: int, device: str = "cpu") -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    if "onnxruntime" in sys.modules:  # one module of several packages
+        versions["onnxruntime"] = sys.modules["onnxruntime"].__version__
     return {
         "suite": suite,
         "device": cpu_name() if device == "cpu" else torch.cuda.get_device_name(),

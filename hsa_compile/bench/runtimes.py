@@ -6,28 +6,39 @@ A process of its own, so that what a runtime takes of memory is its own, and one
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from hsa_compile import dispatch
 from hsa_compile.bench.dense import DenseModel
 from hsa_compile.bench.dense_onnx import DenseSession
-from hsa_compile.bench.record import timed
+from hsa_compile.bench.record import Timing, timed
 from hsa_compile.export.bundle import read_manifest
-from hsa_compile.export.session import Session
+from hsa_compile.export.sampling import Sampler
+from hsa_compile.export.session import Ids, Session
 from hsa_compile.model.checkpoint import load_checkpoint
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.graph import GraphDecoder, capturable
 from hsa_compile.model.model import HsaModel
-from hsa_compile.model.prefill import prefill, short_prefill
+from hsa_compile.model.prefill import SEGMENT, prefill, short_prefill
+from hsa_compile.model.state import State
 from hsa_compile.schedules.worker import serve
 
-MORE_TOKENS = 128  # that are decoded after the longest context
+MORE_TOKENS = 256  # that are decoded after a context at most: there is room for them
+TIMED_TOKENS = 127  # of them; as many as a chunk has go before on a GPU, where each captures a CUDA graph
 GPU_SEGMENT = 32_768  # tokens a prefill step in PyTorch
+# Prompts from here on are read once, after a part of them has warmed up what they take.
+LONG, PART = 1 << 20, 1 << 17
+# Tokens up to which a prompt is read through all layers, too: 32 M would take an H100 a minute.
+LONGEST_FULL = 1 << 22
+GREEDY = Sampler()
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Setup:
         bundle: the exported model.
         checkpoint: the same in PyTorch; without it, new weights of the bundle's config.
         device: "cpu" or "cuda".
-        longest: tokens of the longest context.
+        longest: tokens of the longest context that it is asked for.
         threads: on a CPU.
     """
 
@@ -60,11 +71,11 @@ class Runtime(Protocol):
 
     dtype: str
 
-    def prefill(self, ids: list[int]) -> None:
+    def prefill(self, ids: Ids) -> None:
         """Reads a prompt anew, all layers on all of its tokens."""
         ...
 
-    def first_token(self, ids: list[int]) -> None:
+    def first_token(self, ids: Ids) -> None:
         """Reads a prompt anew by the fastest way to its next token."""
         ...
 
@@ -85,22 +96,28 @@ class TorchRuntime:
             model = load_checkpoint(setup.checkpoint) if setup.checkpoint else HsaModel(setup.config())
         self.dtype = read_manifest(Path(setup.bundle), []).dtype
         self.model = model.eval().to(setup.device, getattr(torch, self.dtype))
-        self.segment = {"segment": GPU_SEGMENT} if setup.device == "cuda" else {}
+        self.segment = GPU_SEGMENT if setup.device == "cuda" else SEGMENT
         self.state: Any = None
         self._decoder: GraphDecoder | None = None
 
-    def prefill(self, ids: list[int], read: Callable[..., Any] = prefill) -> None:
+    def prefill(self, ids: Ids) -> None:
+        room = (len(ids) + MORE_TOKENS) // self.model.config.chunk_size + 1
+        self._read(ids, lambda m, prompt: prefill(m, prompt, self.segment, state=m.start(1, room)))
+
+    def first_token(self, ids: Ids) -> None:
+        room = MORE_TOKENS // self.model.config.chunk_size + 1
+        self._read(ids, lambda m, prompt: short_prefill(m, prompt, self.segment, room=room))
+
+    def _read(self, ids: Ids, read: Callable[[HsaModel, Tensor], tuple[Tensor, State]]) -> None:
+        """A memory with room for what is decoded: one that grows takes the graphs with it."""
         self._decoder = self.state = None
         at = self.model.embedding.weight.device
         with dispatch.use_backend(self.backend), torch.no_grad():
-            logits, self.state = read(self.model, torch.tensor([ids], device=at), **self.segment)
+            logits, self.state = read(self.model, torch.from_numpy(ids)[None].to(at))
             self.token = logits.argmax(-1, keepdim=True)
             if self.backend != "eager" and at.type == "cuda" and capturable(self.model, self.state):
                 self._decoder, self.state = GraphDecoder(self.model, self.state), None
         self.token.tolist()  # waits for the GPU
-
-    def first_token(self, ids: list[int]) -> None:
-        self.prefill(ids, short_prefill)
 
     def decode(self) -> None:
         with dispatch.use_backend(self.backend), torch.no_grad():
@@ -117,20 +134,28 @@ class OrtRuntime:
 
     def __init__(self, setup: Setup) -> None:
         provider: Any = setup.device
-        reserve = setup.longest + MORE_TOKENS
-        self.session = Session(setup.bundle, provider=provider, threads=setup.threads, reserve=reserve)
-        self.dtype = self.session.manifest.dtype
+        self._opened = Session(setup.bundle, provider=provider, threads=setup.threads, reserve=0)
+        self.dtype = self._opened.manifest.dtype
+        self._session, self._reserve = self._opened, 0
 
-    def prefill(self, ids: list[int]) -> None:
-        self.session.reset()
-        self.token = int(self.session.prefill(ids).argmax())
+    def prefill(self, ids: Ids) -> None:
+        self._start(ids)
+        self.token = int(self._session.prefill(ids).argmax())
 
-    def first_token(self, ids: list[int]) -> None:
-        self.session.reset()
-        self.token = int(self.session.short_prefill(ids).argmax())
+    def first_token(self, ids: Ids) -> None:
+        self._start(ids)
+        self.token = int(self._session.short_prefill(ids).argmax())
+
+    def _start(self, ids: Ids) -> None:
+        """A memory of just the size: one that doubled would not fit beside what it grew from."""
+        if (reserve := len(ids) + MORE_TOKENS) > self._reserve:
+            self._session = self._opened
+            self._session, self._reserve = self._opened.fork(reserve=reserve), reserve
+        self._session.reset()
 
     def decode(self) -> None:
-        self.token = int(self.session.step([self.token]).argmax())
+        one = np.ones(1, np.int64)
+        self.token = int(self._session.next(one * self.token, one, [GREEDY])[0])
 
 
 class DenseRuntime:
@@ -142,11 +167,11 @@ class DenseRuntime:
         self.session = DenseSession(model, setup.device, setup.threads)
         self.dtype = self.session.dtype
 
-    def prefill(self, ids: list[int]) -> None:
+    def prefill(self, ids: Ids) -> None:
         self.session.reset()
         self.token = int(self.session.prefill(ids).argmax())
 
-    def first_token(self, ids: list[int]) -> None:
+    def first_token(self, ids: Ids) -> None:
         self.prefill(ids)
 
     def decode(self) -> None:
@@ -179,18 +204,38 @@ class MemoryUse:
         return int(line.split()[1]) << 10
 
 
-def measure(runtime: Runtime, ids: list[int], memory: MemoryUse) -> list[dict[str, Any]]:
-    """The rows of one context: rates, latencies in ms, memory in GiB."""
-    fill = timed(lambda: runtime.prefill(ids), seconds=0.3, least=1)
-    first = timed(lambda: runtime.first_token(ids), seconds=0.3, least=1)
-    decode = timed(runtime.decode, seconds=0.3, least=5, most=MORE_TOKENS - 1)
-    rate = {"value": fill.median, "low": fill.most, "high": fill.least}
+def measure(runtime: Runtime, ids: Ids, memory: MemoryUse, graphs: int) -> list[dict[str, Any]]:
+    """The rows of one context: rates, latencies in ms, memory in GiB.
+
+    Args:
+        graphs: tokens to decode first, where each captures a CUDA graph.
+    """
+    rows: list[dict[str, Any]] = []
+    if len(ids) <= LONGEST_FULL:
+        fill = _timed_reading(runtime.prefill, ids)
+        rate = {"value": fill.median, "low": fill.most, "high": fill.least}
+        rates = {key: round(len(ids) / ms * 1e3, 1) for key, ms in rate.items()}
+        rows.append({"metric": "prefill_tokens_per_s", **rates})
+    first = _timed_reading(runtime.first_token, ids)
+    for _ in range(graphs):
+        runtime.decode()
+    decode = timed(runtime.decode, seconds=0.3, least=5, most=TIMED_TOKENS)
     return [
-        {"metric": "prefill_tokens_per_s", **{key: round(len(ids) / ms * 1e3, 1) for key, ms in rate.items()}},
+        *rows,
         {"metric": "ttft_ms", "value": first.median, "low": first.least, "high": first.most},
         {"metric": "decode_ms", "value": decode.median, "low": decode.least, "high": decode.most},
         {"metric": "peak_gib", "value": round(memory.peak() / (1 << 30), 4)},
     ]
+
+
+def _timed_reading(read: Callable[[Ids], None], ids: Ids) -> Timing:
+    if len(ids) < LONG:
+        return timed(lambda: read(ids), seconds=0.3, least=1)
+    read(ids[:PART])
+    started = time.perf_counter()
+    read(ids)
+    took = 1e3 * (time.perf_counter() - started)
+    return Timing(took, took, took)
 
 
 _open: dict[str, Any] = {}
@@ -198,12 +243,15 @@ _open: dict[str, Any] = {}
 
 def _handle(message: dict[str, Any]) -> dict[str, Any]:
     if "setup" in message:
-        setup = Setup(**message["setup"])
+        setup = _open["setup"] = Setup(**message["setup"])
         torch.set_num_threads(setup.threads)
         _open["memory"] = MemoryUse(setup.device)
         _open["runtime"] = RUNTIMES[setup.runtime](setup)
         return {"dtype": _open["runtime"].dtype}
-    return {"rows": measure(_open["runtime"], message["ids"], _open["memory"])}
+    setup = _open["setup"]
+    ids = np.random.default_rng(message["seed"]).integers(0, setup.config().vocab_size, message["length"])
+    graphs = setup.config().chunk_size if setup.device == "cuda" else 0
+    return {"rows": measure(_open["runtime"], ids, _open["memory"], graphs)}
 
 
 if __name__ == "__main__":

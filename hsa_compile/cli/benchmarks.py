@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from hsa_compile.cli.common import Bundle, Output, Seed, console, fail, friendly, spinner
+from hsa_compile.cli.common import Bundle, Output, Seed, console, fail, friendly, spinner, tokens
 
 if TYPE_CHECKING:
     from hsa_compile.bench.kernels import Shape
@@ -30,7 +31,9 @@ def bench_e2e(
         Path | None, typer.Option(help="The same model for PyTorch. Default: new weights of the bundle's sizes.")
     ] = None,
     output: Output = Path("runs/bench"),
-    longest: Annotated[int, typer.Option(min=1024, help="Longest context, in tokens.")] = 32768,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of context, as in 4K,1M,32M. Default: 4K to 32K, on a GPU to 1M.")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="For all; what does not fit is left out.")] = 120.0,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Of ONNX Runtime and PyTorch.")] = "cpu",
     seed: Seed = 0,
@@ -42,15 +45,16 @@ def bench_e2e(
     its share of the time and the memory suffice.
 
     \b
-    hsa-compile bench e2e runs/bundle --checkpoint runs/mine --longest 1048576 --seconds 600
+    hsa-compile bench e2e runs/bundle --checkpoint runs/mine --device cuda --lengths 4K,64K,1M,32M --seconds 600
     """
     with friendly():
         from hsa_compile.bench import e2e
+        from hsa_compile.bench.record import write_suite
 
-        start = min(4096, longest)
-        lengths = [start << i for i in range((longest // start).bit_length())]
+        given = [tokens(length) for length in lengths.split(",")] if lengths else e2e.LENGTHS[device]
         with spinner("measuring") as say:
-            rows = e2e.run(bundle, checkpoint, lengths, seconds, device, seed, say)
+            keep = partial(write_suite, output / "e2e.jsonl")
+            rows = e2e.run(bundle, checkpoint, given, seconds, device, seed, say, keep)
         if not rows:
             fail("nothing could be measured; the warnings above say why")
         _save(e2e, rows, output, "e2e")

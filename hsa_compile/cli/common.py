@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,18 @@ _EXTRAS = {
     "onnxscript": "export", "pydantic": "compile", "lm_eval": "harness", "nltk": "harness", "starlette": "serve",
     "uvicorn": "serve", "prometheus_client": "serve",
 }  # fmt: skip
+
+
+def tokens(text: str) -> int:
+    """4096, 4K (4 · 1024) or 1M.
+
+    Raises:
+        typer.BadParameter: it is none of these.
+    """
+    found = re.fullmatch(r"(\d+)([KM]?)", text.strip().upper())
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no length; write 4096, 4K or 1M")
+    return int(found[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20}[found[2]]
 
 
 @contextmanager

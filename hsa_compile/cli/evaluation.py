@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from hsa_compile.cli.common import Checkpoint, Output, Seed, console, fail, friendly
+from hsa_compile.cli.common import Checkpoint, Output, Seed, console, fail, friendly, tokens
 
 if TYPE_CHECKING:
     from hsa_compile.evaluation.run import Evaluation
-
-
-def tokens(text: str) -> int:
-    """4096, 4K (4 · 1024) or 1M.
-
-    Raises:
-        typer.BadParameter: it is none of these.
-    """
-    found = re.fullmatch(r"(\d+)([KM]?)", text.strip().upper())
-    if found is None:
-        raise typer.BadParameter(f"{text!r} is no length; write 4096, 4K or 1M")
-    return int(found[1]) * {"": 1, "K": 1 << 10, "M": 1 << 20}[found[2]]
 
 
 def evaluate(
@@ -49,6 +36,9 @@ def evaluate(
     ] = "128K",
     offload: Annotated[bool, typer.Option("--offload", help="Keep the chunk memory in the host's.")] = False,
     check: Annotated[int, typer.Option(help="Patched questions a task and length to ask after a full prefill.")] = 0,
+    decoded: Annotated[
+        int | None, typer.Option(help="Questions a task and length decoded token by token, others in one go. All.")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Begin nothing after so many; the same command goes on. 0: all.")] = 0,
     variant: Annotated[str, typer.Option(help="What the model is called in the results.")] = "hsa",
     seed: Seed = 0,
@@ -69,7 +59,7 @@ def evaluate(
         names = DEFAULT_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(","))
         plan = Plan(
             names, tuple(tokens(x) for x in lengths.split(",")), n, seed, segment, patch_from=tokens(patch_from),
-            offload=offload, check=check, seconds=seconds,
+            offload=offload, check=check, decoded=decoded, seconds=seconds,
         )  # fmt: skip
         subject = prepare(checkpoint, plan, text, tokenizer, device, dtype)
         journal = Journal(output / "samples.jsonl", subject.about)
