@@ -2,7 +2,7 @@
 
 A layer leaves the exporter as products with norms, sums, splits, rotations and gates between them, each of which reads
 and writes all tokens. The operators ``hsa.AddNorm``, ``RmsNorm``, ``RotaryHeads`` and ``SwiGlu`` take one pass each, as
-what ``hsa_compile.model.fused`` has eager PyTorch run.
+what ``hsa_compile.model.fused`` has eager PyTorch run. ``TakeRows`` is ``Gather`` of rows, at the speed of memory.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from hsa_compile.export.schema import DOMAIN
 
 Shape = tuple[int | str, ...]
 
+_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 _SAME_NUMBERS = ("Reshape", "Cast", "CastLike")
 
 
@@ -41,6 +42,9 @@ def fuse(graph: onnx.GraphProto, directory: Path) -> None:
     for node in graph.node:
         if node.op_type == "RMSNormalization" and view.stays(node):
             _fuse_norm(view, node)
+    for node in graph.node:
+        if node.op_type == "Gather":
+            _fuse_gather(view, node)
     view.apply()
     if left := [node.name for node in graph.node if node.op_type == "RotaryEmbedding"]:
         raise ValueError(f"rotations that belong to no queries and keys of one product: {', '.join(left)}")
@@ -76,6 +80,8 @@ class _View:
     def __init__(self, graph: onnx.GraphProto, directory: Path) -> None:
         self.graph, self.directory = graph, directory
         self.shapes = value_shapes(graph)
+        self.types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input)}
+        self.types |= {i.name: i.data_type for i in graph.initializer}
         self.initializers = {i.name: i for i in graph.initializer}
         self.maker = {name: node for node in graph.node for name in node.output}
         self.users: dict[str, list[NodeProto]] = defaultdict(list)
@@ -128,6 +134,16 @@ class _View:
 
 def _attributes(node: NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+
+
+def _fuse_gather(view: _View, gather: NodeProto) -> None:
+    """ONNX Runtime's own copies element by element: 1.1 TB/s on an H100."""
+    table, index = gather.input
+    rank, axis = len(view.shapes[table]), _attributes(gather).get("axis", 0)
+    if rank < 2 or axis % rank != rank - 2 or view.types[table] not in _FLOATS:
+        return
+    if view.types[index] == onnx.TensorProto.INT64:
+        view.replace([gather], helper.make_node("TakeRows", gather.input, gather.output, domain=DOMAIN))
 
 
 def _fuse_swiglu(view: _View, split: NodeProto) -> None:
@@ -205,8 +221,8 @@ class _Heads:
         """The norm's; ones, which are not looked at, where there is none."""
         if self.norm:
             return self.norm.input[1]
-        dtype = next(value for value in self.view.graph.value_info if value.name == self.end).type.tensor_type.elem_type
-        return self.view.add_initializer(f"ones.{D}", np.ones(D, helper.tensor_dtype_to_np_dtype(dtype)))
+        dtype = helper.tensor_dtype_to_np_dtype(self.view.types[self.end])
+        return self.view.add_initializer(f"ones.{D}", np.ones(D, dtype))
 
 
 def _as_float(view: _View, name: str) -> str:

@@ -93,4 +93,12 @@ SwiGlu (gate_up) => (o)
 }
 """
 
-FUSED_BODIES = (_ADD_NORM, _RMS_NORM, _ROTARY_HEADS, _SWIGLU)
+_TAKE_ROWS = """
+<domain: "hsa", opset_import: ["" : 24], doc_string: "Rows by their numbers">
+TakeRows (x, index) => (taken)
+{
+  taken = Gather <axis = -2> (x, index)
+}
+"""
+
+FUSED_BODIES = (_ADD_NORM, _RMS_NORM, _ROTARY_HEADS, _SWIGLU, _TAKE_ROWS)

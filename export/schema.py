@@ -60,6 +60,10 @@ _SWIGLU_DOC = """
 o = silu(gate) * up, where gate_up's last dimension holds gate, then up; silu(x) = x / (1 + exp(-x)).
 """
 
+_TAKE_ROWS_DOC = """
+Rows of the axis before the last, by number: Gather with axis = rank(x) - 2.
+"""
+
 
 def _schema(
     name: str,
@@ -196,6 +200,13 @@ _SCHEMAS = (
         _SWIGLU_DOC,
         inputs={"gate_up": ("T", "[..., 2*n]")},
         outputs={"o": ("T", "[..., n]")},
+        attributes={},
+    ),
+    _schema(
+        "TakeRows",
+        _TAKE_ROWS_DOC,
+        inputs={"x": ("T", "[..., R, d]"), "index": ("tensor(int64)", "any shape, 0 … R-1")},
+        outputs={"taken": ("T", "[..., *index, d]")},
         attributes={},
     ),
 )

@@ -33,11 +33,13 @@ from inputs import Tensors
 from passes import CASES, Pass
 
 DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+KINDS = {"cos": TensorProto.FLOAT, "sin": TensorProto.FLOAT, "index": TensorProto.INT64}  # whatever the type
 EMPTY = (
     Pass("AddNorm", (2, 0, 8)),
     Pass("RmsNorm", (0, 3, 8)),
     Pass("RotaryHeads", (2, 0, 8)),
     Pass("SwiGlu", (0, 4)),
+    Pass("TakeRows", (0, 8), taken=(2, 0)),
 )
 
 
@@ -47,9 +49,8 @@ def model_of(p: Pass, dtype: str) -> onnx.ModelProto:
     ranks = dict(zip((*p.inputs, *p.outputs), (x.dim() for x in _all(p))))
 
     def values(names: tuple[str, ...]) -> list[onnx.ValueInfoProto]:
-        kinds = {"cos": TensorProto.FLOAT, "sin": TensorProto.FLOAT}
         return [
-            helper.make_tensor_value_info(n, kinds.get(n, DTYPES[dtype]), [f"{n}_{i}" for i in range(ranks[n])])
+            helper.make_tensor_value_info(n, KINDS.get(n, DTYPES[dtype]), [f"{n}_{i}" for i in range(ranks[n])])
             for n in names
         ]
 
@@ -81,8 +82,9 @@ def run(session: ort.InferenceSession, p: Pass, dtype: str, inputs: Tensors) -> 
     bound, outputs = session.io_binding(), p.empty(inputs)
     for names, tensors, bind in ((p.inputs, inputs, bound.bind_input), (p.outputs, outputs, bound.bind_output)):
         for name, x in zip(names, tensors):
-            kind = TensorProto.FLOAT if name in ("cos", "sin") else DTYPES[dtype]
-            bind(name, "cpu", 0, kind, list(x.shape), x.data_ptr() or torch.zeros(1).data_ptr())
+            bind(
+                name, "cpu", 0, KINDS.get(name, DTYPES[dtype]), list(x.shape), x.data_ptr() or torch.zeros(1).data_ptr()
+            )
     session.run_with_iobinding(bound)
     return outputs
 
@@ -120,6 +122,7 @@ def test_large_segments_go_to_several_threads(library: Path) -> None:
         Pass("AddNorm", (2, 3001, 64)),
         Pass("RotaryHeads", (1, 999, 64), (4, 2)),
         Pass("SwiGlu", (2001, 130)),
+        Pass("TakeRows", (100, 64), taken=(3, 1000)),
     ):
         inputs = p.make(torch.float32)
         p.check(inputs, run(session_of(p, "float32", library), p, "float32", inputs))
@@ -150,6 +153,8 @@ def test_extremes(library: Path) -> None:
         (Pass("AddNorm", (2, 3, 8)), {2: lambda x: x[:7]}, r"weight must be \[d\] = \[8\], got \[7\]"),
         (Pass("RmsNorm", (2, 8)), {1: lambda x: x[:4]}, r"weight must be \[d\]"),
         (Pass("SwiGlu", (2, 8)), {0: lambda x: x[:, :15]}, "two halves"),
+        (Pass("TakeRows", (5, 8), taken=(3,)), {1: lambda i: i * 0 + 5}, r"index must lie in 0 … 4, got 5"),
+        (Pass("TakeRows", (5, 8), taken=(3,)), {1: lambda i: i * 0 - 6}, r"index must lie in 0 … 4, got -6"),
         (Pass("RotaryHeads", (2, 3, 8)), {0: lambda x: x[:, :, :23]}, r"qkv must be \[B, L, \(Hq \+ 2\*Hkv\)\*D\]"),
         (Pass("RotaryHeads", (2, 3, 8)), {1: lambda x: x[:7]}, "an even width, got 7"),
         (Pass("RotaryHeads", (2, 3, 8)), {2: lambda x: x[:6]}, r"k_weight must be \[D\]"),
@@ -181,6 +186,7 @@ def test_shapes_are_inferred(library: Path) -> None:
         (Pass("RmsNorm", (2, 8)), 8, [["x_0", 8]]),
         (Pass("RotaryHeads", (1, 2, 8), (4, 2)), 64, [["qkv_0", "qkv_1", h, 8] for h in (4, 2, 2)]),
         (Pass("SwiGlu", (1, 2, 8)), 16, [["gate_up_0", "gate_up_1", 8]]),
+        (Pass("TakeRows", (2, 3, 8), taken=(4, 5)), 8, [["x_0", "index_0", "index_1", 8]]),
     ):
         model = model_of(p, "float16")
         model.graph.input[0].type.tensor_type.shape.dim[-1].dim_value = width
@@ -212,7 +218,8 @@ class EmulatedPass(ctypes.Structure):
     _fields_ = (
         ("op", ctypes.c_int32), ("dtype", ctypes.c_int32), ("rows", ctypes.c_int64), ("width", ctypes.c_int64),
         ("epsilon", ctypes.c_float), ("normalize", ctypes.c_int32), ("q_heads", ctypes.c_int64),
-        ("kv_heads", ctypes.c_int64), ("angles", ctypes.c_int64), ("tensors", ctypes.c_void_p * 8),
+        ("kv_heads", ctypes.c_int64), ("angles", ctypes.c_int64), ("indices", ctypes.c_int64),
+        ("table", ctypes.c_int64), ("tensors", ctypes.c_void_p * 8),
     )  # fmt: skip
 
 
@@ -234,11 +241,13 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Pass, Tensor
         if p.op == "RmsNorm":
             tensors = [inputs[0], None, inputs[1], None, outputs[0]]
         places = [x if x is None else x.data_ptr() for x in tensors]
-        rows = inputs[0].numel() // inputs[0].shape[-1]
+        sized = outputs[0] if p.op == "TakeRows" else inputs[0]
+        rows = sized.numel() // sized.shape[-1]
         angles = inputs[3].shape[0] * inputs[3].shape[1] if p.op == "RotaryHeads" else 0
-        which = 4 + ("AddNorm", "RmsNorm", "RotaryHeads", "SwiGlu").index(p.op)
+        taken = (inputs[1].numel(), p.shape[-2]) if p.op == "TakeRows" else (0, 0)
+        which = 4 + ("AddNorm", "RmsNorm", "RotaryHeads", "SwiGlu", "TakeRows").index(p.op)
         sizes = (which, list(DTYPES).index(str(inputs[0].dtype).removeprefix("torch.")), rows, p.shape[-1], 1e-3)
-        asked = EmulatedPass(*sizes, int(p.normalize), *p.heads, angles, (ctypes.c_void_p * 8)(*places))
+        asked = EmulatedPass(*sizes, int(p.normalize), *p.heads, angles, *taken, (ctypes.c_void_p * 8)(*places))
         assert kernel(ctypes.byref(asked), None) == 0
         return outputs
 

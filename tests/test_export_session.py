@@ -429,10 +429,15 @@ def test_bundle_without_library_runs_by_its_functions(copy: Path) -> None:
 
 def test_graph_is_clean(bundle: Path) -> None:
     proto = onnx.load(bundle / "model.onnx", load_external_data=False)
-    fused = {"AddNorm", "RmsNorm", "RotaryHeads", "SwiGlu"}
+    fused = {"AddNorm", "RmsNorm", "RotaryHeads", "SwiGlu", "TakeRows"}
     assert {f.name for f in proto.functions} == {"ChunkSelect", "ChunkAttention", "SlidingWindow", "Sample", *fused}
     # Nothing is left of what they are composed of.
-    assert not {node.op_type for node in proto.graph.node} & {"RMSNormalization", "RotaryEmbedding", "Sigmoid"}
+    assert not {node.op_type for node in proto.graph.node} & {
+        "RMSNormalization",
+        "RotaryEmbedding",
+        "Sigmoid",
+        "Gather",
+    }
     assert fused <= {node.op_type for node in proto.graph.node}
     on_the_host = {"Shape", "Size", "Range", "Expand", "If", "Loop", "GatherND"}
     assert not {node.op_type for node in proto.graph.node} & on_the_host

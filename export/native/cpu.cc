@@ -98,7 +98,7 @@ void Cpu::fill(void* data, int32_t byte, int64_t bytes, ort::KernelContext*) { s
 void Cpu::run(const Call& call, ort::KernelContext* context) {
   if (call.problem.op == HSA_SAMPLE) return sample(call);
   const int failed = hsa_execute(find_kernel(call), call.tensors.data(), call.dims, thread_count(), parallel, context);
-  require(!failed, std::string(kOpNames[call.problem.op]) + ": out of memory", ort::kFail);
+  if (failed) refuse(std::string(kOpNames[call.problem.op]) + ": out of memory", ort::kFail);
 }
 
 void Cpu::run(const hsa_pass& pass, ort::KernelContext* context) {

@@ -10,7 +10,7 @@ namespace {
 int32_t capability() {
   int32_t found = 0;
   const int32_t error = hsa_gpu_capability(&found);
-  require(!error, std::string("hsa: no GPU to compute on: ") + hsa_gpu_message(error), ort::kFail);
+  if (error) refuse(std::string("hsa: no GPU to compute on: ") + hsa_gpu_message(error), ort::kFail);
   return found;
 }
 
@@ -107,13 +107,13 @@ void Cuda::run(const Call& call, ort::KernelContext* context) {
     const Scratch scratch(context, call.memory, kernel->scratch_bytes(call.dims));
     if (const int32_t error = kernel->run(tensors, call.dims, scratch.aligned(), stream)) message = kernel->message(error);
   }
-  require(!message, std::string(kOpNames[problem.op]) + " " + describe(problem) + ": " + (message ? message : ""), ort::kFail);
+  if (message) refuse(std::string(kOpNames[problem.op]) + " " + describe(problem) + ": " + message, ort::kFail);
 }
 
 void Cuda::run(const hsa_pass& pass, ort::KernelContext* context) {
   require_target(pass.op, capability());
   const int32_t error = hsa_gpu_pass(&pass, stream_of(context));
-  require(!error, std::string(kOpNames[pass.op]) + ": " + hsa_gpu_message(error), ort::kFail);
+  if (error) refuse(std::string(kOpNames[pass.op]) + ": " + hsa_gpu_message(error), ort::kFail);
 }
 
 }  // namespace hsa

@@ -153,9 +153,21 @@ HSA_INLINE void swiglu(const hsa_pass& p, int64_t begin, int64_t end) {
 }
 
 template <typename T>
+HSA_INLINE void take_rows(const hsa_pass& p, int64_t begin, int64_t end) {
+  const T* x = (const T*)p.tensors[0];
+  const int64_t* index = (const int64_t*)p.tensors[1];
+  T* taken = (T*)p.tensors[2];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t at = index[row % p.indices], from = row / p.indices * p.table + (at < 0 ? at + p.table : at);
+    memcpy(taken + row * p.width, x + from * p.width, p.width * sizeof(T));
+  }
+}
+
+template <typename T>
 HSA_INLINE void run(const hsa_pass& p, int64_t begin, int64_t end) {
   if (p.op == HSA_ROTARY_HEADS) rotary_heads<T>(p, begin, end);
   else if (p.op == HSA_SWIGLU) swiglu<T>(p, begin, end);
+  else if (p.op == HSA_TAKE_ROWS) take_rows<T>(p, begin, end);
   else norm<T>(p, begin, end);
 }
 

@@ -1,5 +1,5 @@
 /* What stands between a model's matrix products, each in one pass over memory, on a GPU: norms with what is added before
- * them, queries and keys out of one product, gates. Any widths; those whose rows are whole vectors of 16 bytes at
+ * them, queries and keys out of one product, gates, rows of a table. Any widths; those whose rows are whole vectors of 16 bytes at
  * addresses that are multiples of 16 are loaded and stored as such. Computed in float32, rounded once.
  *
  * A team of threads, a power of two and at most a warp, has a row.
@@ -200,6 +200,22 @@ __global__ void swiglu(const T* __restrict__ gate_up, T* __restrict__ o, int inn
   store(o + row * inner + column, gate);
 }
 
+/* -------------------------------------------------------------------------------------------------------------- rows */
+
+/* A block has a part of a row. What is outside of the table is taken for 0. */
+template <typename T, int N>
+__global__ void take_rows(const T* __restrict__ x, const int64_t* __restrict__ index, T* __restrict__ taken, int width,
+                          int64_t table, int64_t indices, int64_t rows, int threads) {
+  const unsigned row = blockIdx.x, outer = indices == rows ? 0 : row / unsigned(indices);
+  const int column = (int(blockIdx.y) * threads + threadIdx.x) * N;
+  if (column >= width) return;
+  int64_t at = index[row - outer * unsigned(indices)];
+  if (at < 0) at += table;
+  Pack<T, N> part = {};
+  if (at >= 0 && at < table) part = load<N>(x + (outer * table + at) * width + column);
+  store(taken + int64_t(row) * width + column, part);
+}
+
 /* --------------------------------------------------------------------------------------------------------- launchers */
 
 template <typename T>
@@ -267,12 +283,16 @@ int32_t launch_heads(const hsa_pass& pass, cudaStream_t stream) {
                 (const T*)t[2], (const float*)t[3], (const float*)t[4], (T*)t[5], (T*)t[6], (T*)t[7], p);
 }
 
+/* Of swiglu and take_rows: blocks a row, and threads a block. */
 template <typename T, int N>
-int32_t launch_swiglu(const hsa_pass& pass, cudaStream_t stream) {
+int32_t launch_parts(const hsa_pass& pass, cudaStream_t stream) {
   const int64_t vectors = blocks_of(pass.width, N), parts = blocks_of(vectors, 512);
-  const int threads = int(blocks_of(blocks_of(vectors, parts), kWarp) * kWarp);
-  return launch(swiglu<T, N>, dim3(pass.rows, parts), threads, stream, (const T*)pass.tensors[0], (T*)pass.tensors[1],
-                int(pass.width), threads);
+  const int threads = int(blocks_of(blocks_of(vectors, parts), kWarp) * kWarp), width = int(pass.width);
+  const dim3 grid(pass.rows, parts);
+  const T* const x = (const T*)pass.tensors[0];
+  if (pass.op == HSA_SWIGLU) return launch(swiglu<T, N>, grid, threads, stream, x, (T*)pass.tensors[1], width, threads);
+  return launch(take_rows<T, N>, grid, threads, stream, x, (const int64_t*)pass.tensors[1], (T*)pass.tensors[2], width,
+                pass.table, pass.indices, pass.rows, threads);
 }
 
 template <typename T>
@@ -282,7 +302,7 @@ int32_t run(const hsa_pass& pass, cudaStream_t stream) {
   if (pass.op == HSA_RMS_NORM) return run_norm<T, false>(pass, stream);
   if (pass.op == HSA_ROTARY_HEADS)
     return aligned(pass) && pass.width / 2 % N == 0 ? launch_heads<T, N>(pass, stream) : launch_heads<T, 1>(pass, stream);
-  return aligned(pass) && pass.width % N == 0 ? launch_swiglu<T, N>(pass, stream) : launch_swiglu<T, 1>(pass, stream);
+  return aligned(pass) && pass.width % N == 0 ? launch_parts<T, N>(pass, stream) : launch_parts<T, 1>(pass, stream);
 }
 
 }  // namespace

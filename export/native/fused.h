@@ -16,13 +16,15 @@ enum { HSA_PASS_TENSORS = 8 };
  * rms_norm      x [rows, width], NULL, weight [width]; NULL, normed [rows, width]
  * rotary_heads  qkv [rows, (q_heads + 2 kv_heads) * width], q_weight, k_weight [width], float cos, sin [angles, width / 2];
  *               q [rows, q_heads, width], k, v [rows, kv_heads, width]. Row r takes angle r modulo angles.
- * swiglu        gate_up [rows, 2 width]; o [rows, width] */
+ * swiglu        gate_up [rows, 2 width]; o [rows, width]
+ * take_rows     x [rows / indices, table, width], int64 index [indices]; taken [rows, width] */
 typedef struct hsa_pass {
   int32_t op, dtype;
   int64_t rows, width;
   float epsilon;
   int32_t normalize;
   int64_t q_heads, kv_heads, angles;
+  int64_t indices, table;
   void* tensors[HSA_PASS_TENSORS];
 } hsa_pass;
 

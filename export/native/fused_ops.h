@@ -19,7 +19,9 @@ inline hsa_pass pass_over(int32_t op, int32_t dtype, const Tensor& x, int64_t wi
   return pass;
 }
 
-inline void require_some(const Tensor& x) { require(!x.shape.empty(), std::string("hsa: ") + x.name + " has no dimensions"); }
+inline void require_some(const Tensor& x) {
+  if (x.shape.empty()) refuse(std::string("hsa: ") + x.name + " has no dimensions");
+}
 
 struct AddNorm {
   static constexpr int32_t kOp = HSA_ADD_NORM;
@@ -90,7 +92,7 @@ struct RotaryHeads {
     const Tensor qkv = input(context, 0, "qkv", 3), q_weight = input(context, 1, "q_weight", 1);
     const Tensor k_weight = input(context, 2, "k_weight", 1), cos = input(context, 3, "cos", 3), sin = input(context, 4, "sin", 3);
     const int64_t B = qkv.shape[0], L = qkv.shape[1], D = q_weight.shape[0];
-    require(D > 0 && D % 2 == 0, "hsa.RotaryHeads: heads must have an even width, got " + std::to_string(D));
+    if (D < 1 || D % 2) refuse("hsa.RotaryHeads: heads must have an even width, got " + std::to_string(D));
     require_shape(qkv, {B, L, (q_heads + 2 * kv_heads) * D}, "[B, L, (Hq + 2*Hkv)*D]");
     require_shape(k_weight, {D}, "[D]");
     require_shape(cos, {cos.shape[0] == 1 ? 1 : B, L, D / 2}, "[B or 1, L, D/2]");
@@ -119,13 +121,45 @@ struct SwiGlu {
     const Tensor gate_up = input(context, 0, "gate_up", 0);
     require_some(gate_up);
     std::vector<int64_t> shape = gate_up.shape;
-    require(shape.back() % 2 == 0, "hsa.SwiGlu: gate_up must be two halves, got " + text(shape));
+    if (shape.back() % 2) refuse("hsa.SwiGlu: gate_up must be two halves, got " + text(shape));
     shape.back() /= 2;
     const Tensor o = output(context, 0, "o", shape);
     if (o.elements() == 0) return;
     hsa_pass pass = pass_over(kOp, dtype, gate_up, shape.back());
     pass.tensors[0] = gate_up.data, pass.tensors[1] = o.data;
     Provider::run(pass, context);
+  }
+};
+
+struct TakeRows {
+  static constexpr int32_t kOp = HSA_TAKE_ROWS;
+  static constexpr ort::Element kInputs[] = {kT, ort::kInt64};
+  static constexpr ort::Element kOutputs[] = {kT};
+
+  explicit TakeRows(const ort::KernelInfo*) {}
+
+  template <typename Provider>
+  void compute(ort::KernelContext* context, int32_t dtype) const {
+    const Tensor x = input(context, 0, "x", 0), index = input(context, 1, "index", 0);
+    const size_t rank = x.shape.size();
+    if (rank < 2) refuse("hsa.TakeRows: x must have rows, got " + text(x.shape));
+    const int64_t table = x.shape[rank - 2], count = index.elements();
+    std::vector<int64_t> shape(x.shape.begin(), x.shape.end() - 2);
+    shape.insert(shape.end(), index.shape.begin(), index.shape.end());
+    shape.push_back(x.shape.back());
+    if (Provider::kHost) require_rows(static_cast<const int64_t*>(index.data), count, table);
+    const Tensor taken = output(context, 0, "taken", shape);
+    if (taken.elements() == 0) return;
+    hsa_pass pass = pass_over(kOp, dtype, taken, x.shape.back());
+    pass.indices = count, pass.table = table;
+    pass.tensors[0] = x.data, pass.tensors[1] = index.data, pass.tensors[2] = taken.data;
+    Provider::run(pass, context);
+  }
+
+  static void require_rows(const int64_t* index, int64_t count, int64_t table) {
+    for (int64_t i = 0; i < count; ++i)
+      if (index[i] < -table || index[i] >= table)
+        refuse("hsa.TakeRows: index must lie in 0 … " + std::to_string(table - 1) + ", got " + std::to_string(index[i]));
   }
 };
 

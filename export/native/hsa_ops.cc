@@ -140,6 +140,16 @@ void infer(const SwiGlu*, ort::InferContext* context) {
   shape.write(context, 0);
 }
 
+void infer(const TakeRows*, ort::InferContext* context) {
+  Shape shape, index;
+  if (!shape.read(context, 0) || !index.read(context, 1) || shape.dims.size() < 2) return;
+  const size_t rows = shape.dims.size() - 2;
+  shape.dims.erase(shape.dims.begin() + rows), shape.symbols.erase(shape.symbols.begin() + rows);
+  shape.dims.insert(shape.dims.begin() + rows, index.dims.begin(), index.dims.end());
+  shape.symbols.insert(shape.symbols.begin() + rows, index.symbols.begin(), index.symbols.end());
+  shape.write(context, 0);
+}
+
 void infer(const RotaryHeads*, ort::InferContext* context) {
   Shape shape;
   if (!shape.read(context, 0) || shape.dims.size() != 3 || shape.dims[2] < 0) return;
@@ -224,7 +234,7 @@ void add_each(ort::CustomOpDomain* domain) {
 
 template <typename Provider>
 void add_operators(ort::CustomOpDomain* domain) {
-  add_each<Provider, Select, Attention, Window, AddNorm, RmsNorm, RotaryHeads, SwiGlu>(domain);
+  add_each<Provider, Select, Attention, Window, AddNorm, RmsNorm, RotaryHeads, SwiGlu, TakeRows>(domain);
   add<Sample, Provider, HSA_FLOAT32>(domain);
 }
 

@@ -32,14 +32,14 @@ inline void require_positive(const char* name, int64_t value) {
 
 inline void require_range(const char* what, const int64_t* values, int64_t count, int64_t most) {
   for (int64_t i = 0; i < count; ++i)
-    require(0 <= values[i] && values[i] <= most, std::string(what) + " must lie in 0 … " + std::to_string(most) + ", got " +
-                                                     std::to_string(values[i]));
+    if (values[i] < 0 || values[i] > most)
+      refuse(std::string(what) + " must lie in 0 … " + std::to_string(most) + ", got " + std::to_string(values[i]));
 }
 
 inline void require_positions(const char* op, const Tensor& position) {
   for (int64_t i = 0; i < position.shape[0]; ++i) {
     const int64_t t = static_cast<const int64_t*>(position.data)[i];
-    require(t >= 0, std::string(op) + ": position must not be negative, got " + std::to_string(t));
+    if (t < 0) refuse(std::string(op) + ": position must not be negative, got " + std::to_string(t));
   }
 }
 
@@ -110,8 +110,9 @@ struct Attention {
     require_shape(v, k.shape, "k's shape");
     require_shape(indices, {B, L, Hkv, K}, "[B, L, Hkv, K]");
     require_shape(weights, indices.shape, "[B, L, Hkv, K]");
-    require(k.shape[1] % chunk_size == 0, "hsa.ChunkAttention: k has " + std::to_string(k.shape[1]) +
-                                              " tokens, not a multiple of chunk_size " + std::to_string(chunk_size));
+    if (k.shape[1] % chunk_size)
+      refuse("hsa.ChunkAttention: k has " + std::to_string(k.shape[1]) + " tokens, not a multiple of chunk_size " +
+             std::to_string(chunk_size));
     const int64_t C = k.shape[1] / chunk_size;
     if (Provider::kHost) require_indices(indices, C);
     const Tensor o = output(context, 0, "o", q.shape);
@@ -128,8 +129,9 @@ struct Attention {
     const int64_t n = indices.elements();
     if (n == 0) return;
     const auto [low, high] = std::minmax_element(data, data + n);
-    require(-1 <= *low && *high < C, "hsa.ChunkAttention: indices must lie in -1 (empty) … " + std::to_string(C - 1) + ", found " +
-                                         std::to_string(*low) + " … " + std::to_string(*high));
+    if (*low < -1 || *high >= C)
+      refuse("hsa.ChunkAttention: indices must lie in -1 (empty) … " + std::to_string(C - 1) + ", found " + std::to_string(*low) +
+             " … " + std::to_string(*high));
   }
 };
 
@@ -152,7 +154,7 @@ struct Window {
     require_shape(past_v, past_k.shape, "past_k's shape");
     require_shape(position, {B}, "[B]");
     require_shape(lengths, {B}, "[B]");
-    require(W >= 1, "hsa.SlidingWindow: past_k has no slots; the window must be at least 1");
+    if (W < 1) refuse("hsa.SlidingWindow: past_k has no slots; the window must be at least 1");
     if (Provider::kHost) {
       require_positions("hsa.SlidingWindow", position);
       require_range("hsa.SlidingWindow: lengths", static_cast<const int64_t*>(lengths.data), B, L);
@@ -184,7 +186,7 @@ struct Sample {
     const Tensor top_p = input(context, 2, "top_p", 1), uniform = input(context, 3, "uniform", 1);
     const int64_t B = logits.shape[0], w = logits.shape[1], V = logits.shape[2];
     for (const Tensor* tensor : {&temperature, &top_p, &uniform}) require_shape(*tensor, {B}, "[B]");
-    require(1 <= V && V <= kMostLogits, "hsa.Sample: logits must be 1 … 2^23 a row, got " + std::to_string(V));
+    if (V < 1 || V > kMostLogits) refuse("hsa.Sample: logits must be 1 … 2^23 a row, got " + std::to_string(V));
     if (Provider::kHost) require_choice(temperature, top_p, uniform);
     const Tensor token = output(context, 0, "token", {B, w});
     if (token.elements() == 0) return;

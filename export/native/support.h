@@ -28,8 +28,13 @@ inline void check(ort::Status* status) {
   if (status) throw Raised{status};
 }
 
+[[noreturn]] inline void refuse(const std::string& message, int code = ort::kInvalidArgument) {
+  throw Raised{api.CreateStatus(code, message.c_str())};
+}
+
+/* The message is composed whether it is needed or not: what every call checks asks first, then refuses. */
 inline void require(bool condition, const std::string& message, int code = ort::kInvalidArgument) {
-  if (!condition) throw Raised{api.CreateStatus(code, message.c_str())};
+  if (!condition) refuse(message, code);
 }
 
 template <typename Body>
@@ -66,8 +71,8 @@ inline std::string text(const std::vector<int64_t>& shape) {
 }
 
 inline void require_rank(const Tensor& tensor, size_t rank) {
-  require(tensor.shape.size() == rank, std::string("hsa: ") + tensor.name + " must have " + std::to_string(rank) +
-                                           " dimensions, got " + text(tensor.shape));
+  if (tensor.shape.size() == rank) return;
+  refuse(std::string("hsa: ") + tensor.name + " must have " + std::to_string(rank) + " dimensions, got " + text(tensor.shape));
 }
 
 /* rank: 0 for any. */
@@ -75,7 +80,7 @@ inline Tensor input(const ort::KernelContext* context, size_t index, const char*
   Tensor tensor{name};
   const ort::Value* value = nullptr;
   check(api.KernelContext_GetInput(context, index, &value));
-  require(value, std::string("hsa: input ") + name + " is missing");
+  if (!value) refuse(std::string("hsa: input ") + name + " is missing");
   ort::TypeShape* info = nullptr;
   check(api.GetTensorTypeAndShape(value, &info));
   const std::unique_ptr<ort::TypeShape, void (*)(ort::TypeShape*)> release(info, api.ReleaseTensorTypeAndShapeInfo);
@@ -98,14 +103,15 @@ inline Tensor output(ort::KernelContext* context, size_t index, const char* name
 }
 
 inline void require_shape(const Tensor& tensor, const std::vector<int64_t>& expected, const char* meaning) {
-  require(tensor.shape == expected, std::string("hsa: ") + tensor.name + " must be " + meaning + " = " + text(expected) +
-                                        ", got " + text(tensor.shape));
+  if (tensor.shape == expected) return;
+  refuse(std::string("hsa: ") + tensor.name + " must be " + meaning + " = " + text(expected) + ", got " + text(tensor.shape));
 }
 
 // ----------------------------------------------------------------------------------------------------------- calls
 
 constexpr const char* kOpNames[] = {"hsa.ChunkSelect", "hsa.ChunkAttention", "hsa.SlidingWindow", "hsa.Sample",
-                                    "hsa.AddNorm",     "hsa.RmsNorm",        "hsa.RotaryHeads",   "hsa.SwiGlu"};
+                                    "hsa.AddNorm",     "hsa.RmsNorm",        "hsa.RotaryHeads",   "hsa.SwiGlu",
+                                    "hsa.TakeRows"};
 constexpr const char* kDtypeNames[] = {"float32", "float16", "bfloat16"};
 
 /* A problem as the library's table has it. */

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch  # first: it brings the CUDA libraries that ONNX Runtime looks for
 
@@ -30,6 +30,7 @@ from hsa_compile.ir import AnyProblem, ChunkAttention, ChunkSelect, SlidingWindo
 
 sys.path.insert(0, str(Path(__file__).parent))
 from inputs import assert_as_good_as, assert_selected, attention_by_definition, attention_inputs, select_inputs
+from passes import CASES, Pass
 
 LIBRARY = "libhsa_ops.so"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -75,20 +76,44 @@ def attributes(p: AnyProblem) -> dict[str, Any]:
     return {}
 
 
+class Node(NamedTuple):
+    """An operator's node, and the types and ranks of what it takes and gives, by name."""
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]
+    dtypes: dict[str, torch.dtype]
+    ranks: dict[str, int]
+
+
+def node_of(p: AnyProblem) -> Node:
+    """The node of a problem."""
+    op, inputs, outputs = NAMES[p.op]
+    ints = {"position": torch.int64, "chunks": torch.int64, "lengths": torch.int64, "indices": torch.int32}
+    dtypes = {n: ints.get(n, getattr(torch, p.dtype)) for n in (*inputs, *outputs)}
+    dtypes |= {n: torch.float32 for n in ("scores", "weights") if n in dtypes}
+    ranks = {n: 1 if n in ("position", "chunks", "lengths") else 4 for n in dtypes}
+    return Node(op, inputs, outputs, attributes(p), dtypes, ranks)
+
+
+def node_of_pass(p: Pass, inputs: Tensors, outputs: Tensors) -> Node:
+    """The node of an operator between matrix products, for tensors like these."""
+    tensors = dict(zip((*p.inputs, *p.outputs), (*inputs, *outputs)))
+    dtypes, ranks = ({n: f(x) for n, x in tensors.items()} for f in (lambda x: x.dtype, lambda x: x.dim()))
+    return Node(p.op, p.inputs, p.outputs, p.attributes, dtypes, ranks)
+
+
 class Operator:
     """A session of one operator on a provider; nothing falls back to another."""
 
     library = Path(LIBRARY)
 
-    def __init__(self, p: AnyProblem, graph: bool = False) -> None:
-        op, self.inputs, self.outputs = NAMES[p.op]
-        half = getattr(torch, p.dtype)
-        ints = {"position": torch.int64, "chunks": torch.int64, "lengths": torch.int64, "indices": torch.int32}
-        self.dtypes = {n: ints.get(n, half) for n in (*self.inputs, *self.outputs)}
-        self.dtypes |= {n: torch.float32 for n in ("scores", "weights") if n in self.dtypes}
-        node = helper.make_node(op, self.inputs, self.outputs, domain="hsa", **attributes(p))
+    def __init__(self, node: Node, graph: bool = False) -> None:
+        self.inputs, self.outputs, self.dtypes, self.ranks = node.inputs, node.outputs, node.dtypes, node.ranks
+        proto = helper.make_node(node.op, self.inputs, self.outputs, domain="hsa", **node.attributes)
         model = helper.make_model(
-            helper.make_graph([node], op, self._values(self.inputs), self._values(self.outputs)),
+            helper.make_graph([proto], node.op, self._values(self.inputs), self._values(self.outputs)),
             opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("hsa", 1)],
             ir_version=10,
         )
@@ -102,11 +127,8 @@ class Operator:
         assert DEVICE == "cpu" or self.session.get_providers()[0] == "CUDAExecutionProvider"
 
     def _values(self, names: tuple[str, ...]) -> list[onnx.ValueInfoProto]:
-        vectors = ("position", "chunks", "lengths")
         return [
-            helper.make_tensor_value_info(
-                n, ELEMENTS[self.dtypes[n]], [f"{n}_{i}" for i in range(1 if n in vectors else 4)]
-            )
+            helper.make_tensor_value_info(n, ELEMENTS[self.dtypes[n]], [f"{n}_{i}" for i in range(self.ranks[n])])
             for n in names
         ]
 
@@ -248,7 +270,7 @@ WINDOWS: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...] = (
 
 
 def check_shapes(p: AnyProblem) -> object:
-    operator, worst = Operator(p), None
+    operator, worst = Operator(node_of(p)), None
     if isinstance(p, SlidingWindow):
         cases = [window_inputs(p, *case) for case in WINDOWS]
     else:
@@ -263,7 +285,7 @@ def check_shapes(p: AnyProblem) -> object:
 
 def check_in_place(p: SlidingWindow) -> None:
     """The ring may be written where it was read."""
-    operator = Operator(p)
+    operator = Operator(node_of(p))
     for case in WINDOWS:
         inputs = window_inputs(p, *case)
         rings = tuple(x.clone() for x in inputs[3:5])
@@ -275,7 +297,7 @@ def check_in_place(p: SlidingWindow) -> None:
 def check_graph(p: AnyProblem, L: int) -> None:
     """A replay computes on what inputs hold then, one token's ring written in place. ONNX Runtime runs a graph several
     times before it captures it, and of more tokens the later ones need what a run overwrites."""
-    operator = Operator(p, graph=True)
+    operator = Operator(node_of(p), graph=True)
     static, *shown = (random_inputs(p, 2, L, 40 + 2 * i if isinstance(p, SlidingWindow) else 40, i) for i in range(4))
     outputs = empty_outputs(p, static)
     if isinstance(p, SlidingWindow) and L == 1:
@@ -293,7 +315,7 @@ def check_far_offsets(p: SlidingWindow) -> None:
     """Queries of more than 2^31 elements: the last tokens are those of a short segment at their position."""
     L, tail = 2**31 // (p.q_heads * p.head_dim) + 1000, 300
     inputs = window_inputs(p, L, (5,), (L,))
-    o, *rings = Operator(p)(inputs, empty_outputs(p, inputs))
+    o, *rings = Operator(node_of(p))(inputs, empty_outputs(p, inputs))
     keys = torch.arange(L - tail - p.window, L - tail, device=DEVICE)
     past = tuple(torch.empty_like(x) for x in inputs[3:5])
     for to, x in zip(past, inputs[1:3]):
@@ -301,6 +323,17 @@ def check_far_offsets(p: SlidingWindow) -> None:
     counts = torch.tensor([5 + L - tail], device=DEVICE), torch.tensor([tail], device=DEVICE)
     short = (*(x[:, L - tail :].contiguous() for x in inputs[:3]), *past, *counts)
     judge(p, short, (o[:, L - tail :].contiguous(), *rings))
+
+
+def check_pass(p: Pass, dtype: str, seed: int) -> None:
+    """Also at addresses that vectors cannot be loaded from, and repeated to the bit."""
+    inputs = p.make(getattr(torch, dtype), seed)
+    moved = tuple(torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape).copy_(x) for x in inputs)
+    operator = Operator(node_of_pass(p, inputs, p.empty(inputs)))
+    got = operator(inputs, p.empty(inputs))
+    p.check(inputs, got)
+    assert all(torch.equal(a, b) for a, b in zip(got, operator(inputs, p.empty(inputs)))), "a repeat differs"
+    p.check(moved, operator(moved, p.empty(moved)))
 
 
 def jobs() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -315,6 +348,8 @@ def jobs() -> Iterator[tuple[str, Callable[[], object]]]:
                 if DEVICE == "cuda" and problems is CHECKED:
                     for L in (1, 200):
                         yield f"{name} graph L={L}", lambda p=p, L=L: check_graph(p, L)
+        for seed, case in enumerate((*CASES, *(LARGE if DEVICE == "cuda" else ()))):
+            yield f"{dtype} {case.op} {case.shape}", lambda p=case, d=dtype, s=seed: check_pass(p, d, s)
     if DEVICE == "cuda":
         far = replace(WINDOW, dtype="bfloat16")
         yield "bfloat16 sliding_window far offsets", lambda: check_far_offsets(far)
@@ -328,14 +363,33 @@ TIMED: tuple[tuple[AnyProblem, int, int, int], ...] = (  # B, L, C
 )
 
 
+# Of the preset 240m: the residual stream, heads by themselves, queries and keys, gates, tokens by number.
+PASSES = tuple(
+    case
+    for L in (1, 65536)
+    for case in (
+        Pass("AddNorm", (1, L, 1024)),
+        Pass("RmsNorm", (1, L, 16, 64)),
+        Pass("RotaryHeads", (1, L, 64), (16, 2)),
+        Pass("SwiGlu", (1, L, 2304)),
+        Pass("TakeRows", (L, 1024), taken=(1, L)),
+    )
+)
+LARGE = PASSES[5:]
+
+
 def milliseconds(p: AnyProblem, B: int, L: int, C: int, graph: bool) -> float:
     """Wall time of a run, with what ONNX Runtime adds: the median of five series."""
     inputs = random_inputs(p, B, L, C)
     outputs = empty_outputs(p, inputs)
     if isinstance(p, SlidingWindow):
         outputs = (outputs[0], *inputs[3:5])
-    operator = Operator(p, graph)
-    binding, series, runs = operator.bind(inputs, outputs), [], 50 if L == 1 else 10
+    operator = Operator(node_of(p), graph)
+    return median_milliseconds(operator, operator.bind(inputs, outputs), 50 if L == 1 else 10)
+
+
+def median_milliseconds(operator: Operator, binding: ort.IOBinding, runs: int) -> float:
+    series = []
     for _ in range(3):
         operator.run(binding)
     for _ in range(5):
@@ -354,6 +408,15 @@ def times() -> None:
             ms = {graph: milliseconds(p, B, L, C, graph) for graph in (False, True)}
             print(f"{p.op} {dtype} B={B} L={L} C={C}: {ms[False]:.4f} ms, from a graph {ms[True]:.4f} ms", flush=True)
             torch.cuda.empty_cache()
+    for case in PASSES:
+        inputs = case.make(torch.bfloat16)
+        outputs, ms = case.empty(inputs), {}
+        for graph in (False, True):
+            operator = Operator(node_of_pass(case, inputs, outputs), graph)
+            ms[graph] = median_milliseconds(operator, operator.bind(inputs, outputs), 50)
+        rate = case.bytes(inputs) / ms[True] / 1e9
+        print(f"{case.op} bfloat16 {case.shape}: {ms[False]:.4f} ms, from a graph {ms[True]:.4f}, {rate:.2f} TB/s")
+        torch.cuda.empty_cache()
 
 
 def build(directory: Path) -> None:

@@ -20,6 +20,7 @@ _NAMES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "RmsNorm": (("x", "weight"), ("normed",)),
     "RotaryHeads": (("qkv", "q_weight", "k_weight", "cos", "sin"), ("q", "k", "v")),
     "SwiGlu": (("gate_up",), ("o",)),
+    "TakeRows": (("x", "index"), ("taken",)),
 }
 
 
@@ -29,7 +30,8 @@ class Pass:
 
     Attributes:
         op: its name in ONNX.
-        shape: of its first output but for RotaryHeads, whose is [B, L, D].
+        shape: of its first output but for RotaryHeads, whose is [B, L, D], and for TakeRows, whose is the table's.
+        taken: shape of TakeRows' index.
         heads: Hq, Hkv of RotaryHeads.
         normalize: of RotaryHeads.
         shared: whether all rows of the batch have the same angles.
@@ -40,6 +42,7 @@ class Pass:
     heads: tuple[int, int] = (1, 1)
     normalize: bool = True
     shared: bool = False
+    taken: tuple[int, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -51,7 +54,7 @@ class Pass:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        if self.op == "SwiGlu":
+        if self.op in ("SwiGlu", "TakeRows"):
             return {}
         if self.op != "RotaryHeads":
             return {"epsilon": EPSILON}
@@ -71,6 +74,8 @@ class Pass:
             return (normal(*rows, 2 * width, scale=4.0),)
         if self.op == "RmsNorm":
             return normal(*rows, width), weight
+        if self.op == "TakeRows":
+            return normal(*rows, width), torch.randint(0, max(1, rows[-1]), self.taken, generator=g, device=DEVICE)
         if self.op == "AddNorm":
             return normal(*rows, width), normal(*rows, width, scale=2.0), weight
         qkv = normal(*rows, (self.heads[0] + 2 * self.heads[1]) * width)
@@ -89,6 +94,8 @@ class Pass:
             return (gate / (1 + (-gate).exp()) * up,)
         if self.op == "RmsNorm":
             return (_normed(x, rest[0]),)
+        if self.op == "TakeRows":
+            return (x.double()[..., rest[0], :],)
         if self.op == "AddNorm":
             total = (x.float() + rest[0].float()).to(x.dtype)
             return total.double(), _normed(total, rest[1])
@@ -113,7 +120,7 @@ class Pass:
         dtype = inputs[0].dtype
         for name, y, exact in zip(self.outputs, got, self.by_definition(inputs), strict=True):
             assert y.dtype == dtype, (name, y.dtype)
-            if name in ("sum", "v"):
+            if name in ("sum", "v", "taken"):
                 assert torch.equal(y.double(), exact), name
             scale = float(exact.abs().max()) if exact.numel() else 0.0
             close = {"rtol": roundings * ROUNDING[dtype] * 1.01, "atol": FLOAT_SUMS * max(scale, 1.0)}
@@ -148,4 +155,8 @@ CASES: tuple[Pass, ...] = (
     Pass("RotaryHeads", (1, 3, 256), (40, 4)),
     Pass("RotaryHeads", (1, 2, 142), (1, 1)),
     *(Pass("SwiGlu", shape) for shape in ((2, 3, 128), (1, 1, 2304), (4, 5), (2, 2, 4100), (1, 3, 8200))),
+    Pass("TakeRows", (7, 64), taken=(2, 9)),
+    Pass("TakeRows", (3, 5, 1024), taken=(6,)),
+    Pass("TakeRows", (3, 5, 9), taken=()),
+    Pass("TakeRows", (1, 4, 4100), taken=(1,)),
 )
