@@ -18,6 +18,7 @@ from hsa_compile.model.recipe import TrainConfig
 from hsa_compile.model.shards import INDEX_NAME, Tokenizer, Tokens, open_shards
 from hsa_compile.model.tasks.haystack import codec
 from hsa_compile.model.tasks.pairs import KEYS
+from hsa_compile.model.tasks.problem import WORDS
 from hsa_compile.model.tasks.registry import find_tasks
 from hsa_compile.model.tasks.weave import Weaver
 
@@ -65,8 +66,6 @@ def load_corpus(config: TrainConfig) -> Corpus:
         tokens = Tokens([ids], vocab_size, config.tokenizer)
     if config.text_share != 1 and config.tokenizer is None:
         raise ConfigError("questions are written with the tokenizer: train on text and name it, or set text_share to 1")
-    if config.text_share != 1 and any(task.dense for task in find_tasks(list(config.tasks))):
-        raise ConfigError("hidden pairs are written in bytes: with other tokens name other tasks, or text_share = 1")
     return Corpus(*tokens.split(), digest)
 
 
@@ -77,12 +76,13 @@ class Batches(Dataset[Batch]):
     def __init__(self, config: TrainConfig, text: bytes | Tokens) -> None:
         self.config, self.text = config, text
         tasks = tuple((task, config.tasks[task.name]) for task in find_tasks(list(config.tasks)))
+        self.most_pairs = len(KEYS if isinstance(text, bytes) else WORDS)
         self.weaver = Weaver(codec(config.tokenizer), text, tasks, config.fill, config.answer_weight)
 
     def __getitem__(self, step: int) -> Batch:
         """Inputs, targets and loss weights [B, L] at this step, of the length that is due."""
         c, length, rng = self.config, length_at(self.config, step), random.Random(f"{self.config.seed} {step}")
-        batch, pairs = c.batch * c.length // length, max(1, min(len(KEYS), c.pairs * length // c.length))
+        batch, pairs = c.batch * c.length // length, max(1, min(self.most_pairs, c.pairs * length // c.length))
         plain = round(batch * c.text_share)
         samples: list[Sample] = [text_sample(rng, self.text, length) for _ in range(plain)]
         samples += [self.weaver.draw(rng, length, pairs) for _ in range(batch - plain)]

@@ -116,11 +116,14 @@ def test_answers_are_compared_token_by_token() -> None:
     first = torch.nn.functional.one_hot(torch.tensor([5, 5, 5]), 260).float()
     wanted = [np.array(ids, np.int64) for ids in ([5, 6, 7], [5, 9, 7], [5])]
     good, bad, short = answer(model, first, 0, wanted)  # type: ignore[arg-type]
+    assert answer(model, first, 0, wanted, decode=False) == [good, bad, short]  # type: ignore[arg-type]
     assert (good.correct, good.forced, good.matched, good.got) == (True, True, 1.0, [5, 6, 7])
     assert (bad.correct, bad.forced, bad.got) == (False, False, [5, 6])
     assert bad.matched == pytest.approx(2 / 3)
     assert (short.correct, short.got) == (True, [5])
-    (wrong,) = answer(model, first[:1], 0, [np.array([1, 6], np.int64)])  # type: ignore[arg-type]
+    wanted = [np.array([1, 6], np.int64)]
+    (wrong,) = answer(model, first[:1], 0, wanted)  # type: ignore[arg-type]
+    assert answer(model, first[:1], 0, wanted, decode=False) == [wrong]  # type: ignore[arg-type]
     assert (wrong.correct, wrong.forced, wrong.matched, wrong.got) == (False, False, 0.5, [5])
 
 

@@ -1,8 +1,9 @@
-"""The sliding window's GPU program, where a CPU emulates the GPU: both forms against the reference."""
+"""The sliding window's GPU program, where a CPU emulates the GPU: its forms against the reference."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ from emulate import EmulatedKernel
 from export_kit import naive_kernel, problem_session, select_inputs
 from hsa_compile.export.library import build_library
 from hsa_compile.ir import ChunkSelect, SlidingWindow, reference
+from hsa_compile.ir.programs import GpuTile
 from hsa_compile.kernels import deployed
 from hsa_compile.schedules import build
+from hsa_compile.schedules.gpu_forward import BLOCK_SHARED, RESERVED_SHARED
 from hsa_compile.schedules.gpu_window import window_tile
 
 pytestmark = pytest.mark.skipif(
@@ -58,20 +61,87 @@ def check(run: EmulatedKernel, p: SlidingWindow, in_place: bool) -> None:
             np.testing.assert_array_equal(got.double(), expected)
 
 
-@pytest.mark.parametrize("length", [1, None], ids=["few tokens", "many tokens"])
+SMALL, ODD = SlidingWindow(4, 2, 16, 70, "bfloat16"), SlidingWindow(3, 1, 96, 64, "float16")
+slow = pytest.mark.slow
+
+
+def built(problem: SlidingWindow, tile: GpuTile, arch: str, path: Path) -> EmulatedKernel:
+    artifact = build(problem, target=f"cuda:{arch}", tile=tile)
+    resources = json.loads((artifact.directory / "resources.json").read_text())
+    # By warpgroups a tile may put aside what it needs again after its blocks.
+    most = 128 if tile.form == "warpgroups" else 0
+    assert arch != "sm_90a" or all(kernel["spill_bytes"] <= most for kernel in resources.values()), resources
+    threads = -(-tile.tokens * problem.groups // 64) * 128 + 128
+    if tile.form == "warpgroups" and tile.blocks * threads > 256:
+        # Those that a block starts with are all that its warpgroups can share out anew; with fewer they wait for ever.
+        assert resources["attend"]["registers"] == 65536 // (tile.blocks * threads) // 8 * 8
+    return EmulatedKernel(artifact, path)
+
+
 @pytest.mark.parametrize(
-    "problem",
+    ("problem", "arch", "length", "form"),
     [
-        pytest.param(SlidingWindow(4, 2, 16, 70, "bfloat16"), id="G2-D16"),
-        pytest.param(SlidingWindow(3, 1, 96, 64, "float16"), id="G3-D96", marks=pytest.mark.slow),
+        (SMALL, "sm_90a", 1, "token"),
+        (SMALL, "sm_90a", None, "warpgroups"),
+        (SMALL, "sm_80", None, "rows"),
+        *(
+            pytest.param(problem, arch, length, form, marks=slow)
+            for problem, arch, length, form in [
+                (ODD, "sm_90a", 1, "token"),
+                (ODD, "sm_90a", None, "warpgroups"),
+                (ODD, "sm_80", None, "rows"),
+                (SlidingWindow(2, 2, 64, 512, "float16"), "sm_90a", None, "warpgroups"),
+                (SlidingWindow(16, 2, 64, 512, "bfloat16"), "sm_90a", None, "warpgroups"),
+                (SlidingWindow(8, 1, 128, 130, "bfloat16"), "sm_90a", None, "warpgroups"),
+                (SlidingWindow(4, 4, 256, 70, "bfloat16"), "sm_90a", None, "warpgroups"),
+                (SlidingWindow(5, 1, 80, 100, "float16"), "sm_90a", None, "warpgroups"),
+                (SlidingWindow(2, 1, 64, 1, "float16"), "sm_90a", None, "warpgroups"),
+            ]
+        ),
     ],
+    ids=str,
 )
-def test_windows_are_computed(problem: SlidingWindow, length: int | None, tmp_path: Path) -> None:
-    tile = window_tile(problem, length=length)
-    assert (tile.form == "token") == (length == 1)
-    run = EmulatedKernel(build(problem, target="cuda:sm_90a", tile=tile), tmp_path)
+def test_windows_are_computed(problem: SlidingWindow, arch: str, length: int | None, form: str, tmp_path: Path) -> None:
+    tile = window_tile(problem, arch, length)
+    assert tile.form == form
+    run = built(problem, tile, arch, tmp_path)
     for in_place in (False, True):
         check(run, problem, in_place)
+
+
+@pytest.mark.parametrize(
+    ("problem", "sizes"),
+    [
+        # 33 blocks a head take 38 tiles; of keys, several blocks meet every kind of slots.
+        (SMALL, {"tokens": 4, "stages": 2, "slots": 16}),
+        # Warps of which some rows see nothing of a block.
+        (SMALL, {"tokens": 64, "stages": 2, "slots": 16}),
+        pytest.param(SMALL, {"tokens": 128, "stages": 3, "slots": 48}, marks=slow),  # four warpgroups
+        pytest.param(SMALL, {"tokens": 60, "stages": 2, "slots": 64, "blocks": 2}, marks=slow),  # rows of no token
+        pytest.param(ODD, {"tokens": 42, "stages": 2, "slots": 112}, marks=slow),  # more keys than the ring has
+    ],
+    ids=str,
+)
+def test_warpgroups_that_share_keys_compute_windows(
+    problem: SlidingWindow, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    run = built(problem, GpuTile(form="warpgroups", **{"blocks": 1, **sizes}), "sm_90a", tmp_path)
+    check(run, problem, in_place=True)
+
+
+@pytest.mark.parametrize("heads", [(16, 2), (16, 16), (3, 1), (7, 1), (128, 1), (192, 1), (193, 1), (512, 1)])
+@pytest.mark.parametrize("D", [16, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("W", [1, 70, 512, 4096])
+def test_tiles_of_windows_fit_the_machine(heads: tuple[int, int], D: int, W: int) -> None:
+    problem = SlidingWindow(*heads, D, W, "bfloat16")
+    assert window_tile(problem, "sm_80").form == "rows"
+    tile = window_tile(problem)
+    assert tile.form == ("warpgroups" if problem.groups <= (192 if D <= 128 else 128) else "rows")
+    if tile.form == "warpgroups":
+        rows = -(-tile.tokens * problem.groups // 64) * 64
+        assert rows <= 192
+        assert tile.stages >= 2
+        assert (rows + 2 * tile.stages * tile.slots) * D * 2 <= BLOCK_SHARED - RESERVED_SHARED
 
 
 def test_a_library_with_gpu_kernels_serves_cpus_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

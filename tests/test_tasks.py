@@ -13,6 +13,7 @@ import pytest
 
 from hsa_compile.model.config import ConfigError
 from hsa_compile.model.data import DataError
+from hsa_compile.model.shards import Tokens
 from hsa_compile.model.stream import Batches, length_at
 from hsa_compile.model.tasks.haystack import Bytes, Circle, Context, hide, other_words
 from hsa_compile.model.tasks.problem import Problem
@@ -56,17 +57,19 @@ def test_needles_are_what_is_answered(name: str, seed: int) -> None:
             assert len(want) == 3
         else:
             want = [dict(needles)[key] for key in asked]
-        assert ask.answer.decode() == "".join(f" {number}" for number in want)
+        if name == "mq":
+            want = [f"{key} is {number}" for key, number in zip(asked, want)]
+        assert ask.answer.decode() == " " + (", " if name == "mq" else " ").join(want)
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_chains_of_variables_end_in_the_value_asked_for(seed: int) -> None:
     facts, problem = _problem("vt", seed)
     values: dict[str, str] = {}
-    for name, source in re.findall(r"VAR (\w+) = ((?:VAR )?\w+)\.", facts):
-        values[name] = values[source.removeprefix("VAR ")] if source.startswith("VAR") else source
+    for source, name in re.findall(r"Copy (\w+) to (\w+)\.", facts):
+        values[name] = values.get(source, source)
     for ask in problem.asks:
-        asked = re.search(r"are (\d{5}):", ask.query.decode())
+        asked = re.search(r"of (\d{5}):", ask.query.decode())
         assert asked is not None
         assert ask.answer.decode().split() == [name for name, value in values.items() if value == asked[1]]
 
@@ -194,7 +197,22 @@ def test_woven_samples_weigh_answers_and_text(seed: int) -> None:
         assert known[0].end() <= ask.start()
         assert (weights[ask.start(2) : ask.end(2)] == 5.0).all()
         assert not weights[ask.start() : ask.start(2)].any()
-    assert 0.2 * 2000 < (weights != 1).sum() <= 0.6 * 2001
+    assert 0 < (weights != 1).sum() <= 0.6 * 2001
+
+
+def test_woven_samples_have_from_one_problem_to_as_many_as_fit() -> None:
+    weaver = Weaver(Bytes(), TEXT, WOVEN, 0.6, 5.0)
+    parts = [np.mean(np.asarray(weaver.draw(random.Random(seed), 4000, 1).weights) != 1) for seed in range(60)]
+    assert min(parts) < 0.15
+    assert 0.5 < max(parts) <= 0.6
+
+
+def test_facts_of_a_text_are_about_different_names() -> None:
+    weaver = Weaver(Bytes(), TEXT, ((TASKS["mk"], 1.0), (TASKS["vt"], 1.0)), 0.9, 5.0)
+    for seed in range(10):
+        text = bytes(np.asarray(weaver.draw(random.Random(seed), 20_000, 1).ids, np.uint8))
+        names = re.findall(rb" The number of (\w+) is|Copy \w+ to (\w+)\.", text)
+        assert len(names) == len(set(names)) >= 6
 
 
 def test_short_samples_have_what_fits() -> None:
@@ -241,6 +259,28 @@ def test_pairs_are_asked_for_only_where_they_came_before(seed: int) -> None:
         asked += answer > 0
     assert 1 <= len(known) <= 8
     assert len(known) + asked == 301 * 7 // 10 // 7
+
+
+def test_pairs_of_other_tokens_are_words_and_numbers() -> None:
+    class Twice(Bytes):  # any codec but bytes
+        vocab_size = 512
+
+    text = Tokens([np.frombuffer(TEXT, np.uint8)], 512, "text")
+    weaver = Weaver(Twice(), text, ((TASKS["pairs"], 1.0),), 0.8, 5.0)
+    for seed in range(5):
+        sample = weaver.draw(random.Random(seed), 1500, 12)
+        ids, known, asked = bytes(np.asarray(sample.ids, np.uint8)), dict[bytes, bytes](), 0
+        weights = [1.0, *sample.weights]
+        for match in re.finditer(rb" (\w+) is( \d{7})\.", ids):
+            answer = 5.0 if match[1] in known else 0.0
+            assert set(weights[match.start(2) : match.end(2)]) == {answer}
+            assert not any(weights[match.start() : match.start(2)])
+            assert known.setdefault(match[1], match[2]) == match[2]
+            asked += answer > 0
+        assert 1 <= len(known) <= 12
+        assert len(known) + asked == 1501 * 8 // 10 // len(" badige is 1234567.")
+    with pytest.raises(DataError, match="pairs do not fit into 80% of 20"):
+        weaver.draw(random.Random(3), 20, 12)
 
 
 def test_pairs_that_cannot_fit() -> None:

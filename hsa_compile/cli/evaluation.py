@@ -36,6 +36,9 @@ def evaluate(
     ] = "128K",
     offload: Annotated[bool, typer.Option("--offload", help="Keep the chunk memory in the host's.")] = False,
     check: Annotated[int, typer.Option(help="Patched questions a task and length to ask after a full prefill.")] = 0,
+    decoded: Annotated[
+        int | None, typer.Option(help="Questions a task and length decoded token by token, others in one go. All.")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="Begin nothing after so many; the same command goes on. 0: all.")] = 0,
     variant: Annotated[str, typer.Option(help="What the model is called in the results.")] = "hsa",
     seed: Seed = 0,
@@ -56,7 +59,7 @@ def evaluate(
         names = DEFAULT_TASKS if tasks is None else tuple(name.strip() for name in tasks.split(","))
         plan = Plan(
             names, tuple(tokens(x) for x in lengths.split(",")), n, seed, segment, patch_from=tokens(patch_from),
-            offload=offload, check=check, seconds=seconds,
+            offload=offload, check=check, decoded=decoded, seconds=seconds,
         )  # fmt: skip
         subject = prepare(checkpoint, plan, text, tokenizer, device, dtype)
         journal = Journal(output / "samples.jsonl", subject.about)

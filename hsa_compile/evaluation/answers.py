@@ -35,12 +35,16 @@ class Answer:
 
 
 @torch.no_grad()
-def answer(model: HsaModel, logits_BV: Tensor, state: State, wanted: Sequence[NDArray[np.int64]]) -> list[Answer]:
+def answer(
+    model: HsaModel, logits_BV: Tensor, state: State, wanted: Sequence[NDArray[np.int64]], decode: bool = True
+) -> list[Answer]:
     """Answers after ``state``, whose memory is left as it was as far as it is filled.
 
     Args:
         logits_BV: after each context's last token.
         wanted: the right answers' token ids.
+        decode: a token at a time. Else what greedy decoding gives is read off the teacher-forced tokens: up to the
+            first wrong one both have the same text before them, so they differ by rounding alone.
     """
     A = max(map(len, wanted))
     right = torch.zeros(len(wanted), A, dtype=torch.int64)
@@ -52,8 +56,9 @@ def answer(model: HsaModel, logits_BV: Tensor, state: State, wanted: Sequence[ND
     forced = [logits_BV.argmax(-1)[:, None]]
     if A > 1:
         forced.append(model.step(right_BA[:, :-1], state)[0].argmax(-1))
-    matches = (torch.cat(forced, dim=1) == right_BA) & asked_BA
-    got = _decode(model, logits_BV, state, right_BA, asked_BA)
+    likeliest = torch.cat(forced, dim=1)
+    matches = (likeliest == right_BA) & asked_BA
+    got = _decode(model, logits_BV, state, right_BA, asked_BA) if decode else likeliest
     greedy = ((got == right_BA[:, : got.shape[1]]) | ~asked_BA[:, : got.shape[1]]).cumprod(-1)
     answers = []
     for b, ids in enumerate(wanted):

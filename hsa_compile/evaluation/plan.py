@@ -29,6 +29,8 @@ class Plan:
         offload: keep the chunk memory in the host's.
         check: questions a task and length that are asked again of a context read whole by a full prefill, where they
             were patched.
+        decoded: questions a task and length that are decoded a token at a time; of the others the greedy tokens are
+            read off the teacher-forced ones (``answers.answer``). None decodes all.
         seconds: what is not begun by then is left for another run of the same command; 0 is no limit.
 
     Raises:
@@ -44,6 +46,7 @@ class Plan:
     patch_from: int = 1 << 17
     offload: bool = False
     check: int = 0
+    decoded: int | None = None
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -55,8 +58,12 @@ class Plan:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if min(self.lengths) < 1 or len(set(self.lengths)) != len(self.lengths):
             raise ConfigError(f"lengths must be different and at least 1, got {', '.join(map(str, self.lengths))}")
-        if self.check < 0 or self.seconds < 0:
-            raise ConfigError("check and seconds must be at least 0")
+        if self.check < 0 or self.seconds < 0 or (self.decoded or 0) < 0:
+            raise ConfigError("check, decoded and seconds must be at least 0")
+
+    def decodes(self, index: int) -> bool:
+        """Whether this question is decoded a token at a time."""
+        return self.decoded is None or index < self.decoded
 
     @property
     def questions(self) -> list[Task]:

@@ -134,7 +134,8 @@ class Evaluation:
                     self._in_time()
                     contexts = [self.samples.draw(task, length, i) for i in indices]
                     logits, state, cost = self._read(_Rows(contexts))
-                    found = answer(self.model, logits, state, [context.answer for context in contexts])
+                    decode = any(map(self.plan.decodes, indices))
+                    found = answer(self.model, logits, state, [context.answer for context in contexts], decode)
                     for i, context, got in zip(indices, contexts, found):
                         self._write(task, length, i, context, got, cost.fields(len(indices)))
 
@@ -172,8 +173,8 @@ class Evaluation:
     def _ask_patched(self, task: Task, length: int, index: int, context: Context, state: State, cost: Cost) -> None:
         began = time.perf_counter()
         with patched(self.model, context, state, context.changed, self.plan.segment) as (logits, now):
-            (got,) = answer(self.model, logits, now, [context.answer])
-        extra = {"patch_s": round(time.perf_counter() - began, 4)}
+            (got,) = answer(self.model, logits, now, [context.answer], self.plan.decodes(index))
+        extra: dict[str, Any] = {"patch_s": round(time.perf_counter() - began, 4)}
         if index < self.plan.check:
             extra |= self._check(context, logits, got)
         self._write(task, length, index, context, got, cost.fields() | extra)

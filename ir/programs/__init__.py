@@ -113,15 +113,17 @@ class GpuTile:
         stages: chunks (or blocks of tokens) that are loaded ahead.
         blocks: thread blocks that should fit on one multiprocessor.
         pairs: most (token, slot) pairs of one work item of a chunk.
-        slots: slots of one token that a thread block takes where tokens are few.
+        slots: slots of one token that a thread block takes where tokens are few; of a sliding window, keys of a
+            block, which are slots of its ring or tokens.
         memory_stages: as ``stages``, of the pass that goes chunk by chunk.
         memory_blocks: as ``blocks``, of that pass.
         bound: tiles of landmarks that a selection scores twice: first for a bound of the K-th best score.
         split: blocks that share a selection's landmarks where tiles of queries are fewer; 0 for a block a tile always.
         wgmma: use the matrix instructions and bulk copies of sm_90a instead of those of sm_80.
         run: neighbouring tiles that a thread block of the form "warpgroups" walks one after the other.
-        form: of the forward of chunk attention: "rows" where all rows of a tile meet its chunks, "warpgroups" where
-            every 64 rows meet their own, "warps" where every 16 do, "token" for few tokens, one a thread block.
+        form: of the forward of chunk attention and of sliding windows: "rows" where all rows of a tile meet its chunks,
+            "warpgroups" where every 64 rows meet their own, "warps" where every 16 do, "token" for few tokens, one a
+            thread block.
     """
 
     tokens: int = 8

@@ -30,11 +30,13 @@ class Problem:
     """Facts to hide, in the order in which they must come, and questions about them, each of which stands alone.
 
     ``words`` are those of the text itself, the most frequent first, where it is one of ``frequent`` words.
+    ``names`` are what the facts are about: problems that share one cannot be in one text.
     """
 
     facts: tuple[bytes, ...]
     asks: tuple[Ask, ...]
     words: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,3 +79,12 @@ def distinct(draw: Callable[[], str], count: int) -> list[str]:
 def digits(rng: random.Random, count: int) -> str:
     """A number of exactly so many digits."""
     return str(rng.randrange(10 ** (count - 1), 10**count))
+
+
+def _words(count: int) -> tuple[str, ...]:
+    rng = random.Random("words")
+    return tuple(distinct(lambda: invented_word(rng), count))
+
+
+# What facts are about: so many that which are in a text is not known, so few that a vocabulary has a token for each.
+WORDS = _words(4096)

@@ -9,8 +9,8 @@ S-N in the words of lm-evaluation-harness, for training.
 from __future__ import annotations
 
 import random
-import string
 
+from hsa_compile.model.tasks.problem import WORDS as KEYS
 from hsa_compile.model.tasks.problem import Ask, Problem, Task, digits, distinct, invented_word
 
 DIGITS = 7
@@ -21,7 +21,7 @@ RANKED, WORDS = 3, 50
 
 
 def _key(rng: random.Random) -> str:
-    return invented_word(rng)
+    return rng.choice(KEYS)
 
 
 def _needle(key: str, number: str) -> bytes:
@@ -40,13 +40,13 @@ def _ask_one(key: str, number: str, fact: int) -> Ask:
 
 def _single(rng: random.Random, asks: int, room: int) -> Problem:
     keys, numbers, facts = _needles(rng, 1)
-    return Problem(facts, (_ask_one(keys[0], numbers[0], 0),) * asks)
+    return Problem(facts, (_ask_one(keys[0], numbers[0], 0),) * asks, names=tuple(keys))
 
 
 def _multi_key(rng: random.Random, asks: int, room: int) -> Problem:
     keys, numbers, facts = _needles(rng, NEEDLES)
     asked = rng.sample(range(NEEDLES), min(asks, NEEDLES))
-    return Problem(facts, tuple(_ask_one(keys[i], numbers[i], i) for i in asked))
+    return Problem(facts, tuple(_ask_one(keys[i], numbers[i], i) for i in asked), names=tuple(keys))
 
 
 def _multi_query(rng: random.Random, asks: int, room: int) -> Problem:
@@ -54,9 +54,10 @@ def _multi_query(rng: random.Random, asks: int, room: int) -> Problem:
     found, order = [], rng.sample(range(NEEDLES), NEEDLES)
     for first in range(0, min(asks * ASKED, NEEDLES), ASKED):
         i = order[first : first + ASKED]
-        query = f"\nThe numbers of {' and '.join(keys[x] for x in i)} are"
-        found.append(Ask(query.encode(), "".join(f" {numbers[x]}" for x in i).encode(), min(i)))
-    return Problem(facts, tuple(found))
+        query = f"\nThe numbers of {' and '.join(keys[x] for x in i)}:"
+        answer = ",".join(f" {keys[x]} is {numbers[x]}" for x in i)
+        found.append(Ask(query.encode(), answer.encode(), min(i)))
+    return Problem(facts, tuple(found), names=tuple(keys))
 
 
 def _multi_value(rng: random.Random, asks: int, room: int) -> Problem:
@@ -65,26 +66,27 @@ def _multi_value(rng: random.Random, asks: int, room: int) -> Problem:
     others = iter(keys[1:])
     written = tuple(_needle(keys[0] if i in mine else next(others), numbers[i]) for i in range(NEEDLES))
     answer = "".join(f" {numbers[i]}" for i in mine).encode()
-    return Problem(written, (Ask(f"\nThe numbers of {keys[0]} are".encode(), answer, mine[0]),))
+    asked = Ask(f"\nThe numbers of {keys[0]} are".encode(), answer, mine[0])
+    return Problem(written, (asked,), names=tuple(keys))
 
 
 def _variables(rng: random.Random, asks: int, room: int) -> Problem:
-    names = distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=4)), CHAINS * HOPS)
+    names = distinct(lambda: _key(rng), CHAINS * HOPS)
     values = distinct(lambda: digits(rng, 5), CHAINS)
     order = rng.sample([chain for chain in range(CHAINS) for _ in range(HOPS)], CHAINS * HOPS)
     facts: list[bytes] = []
     done, first = [0] * CHAINS, [0] * CHAINS
     for chain in order:
         name = names[chain * HOPS + done[chain]]
-        source = f"VAR {names[chain * HOPS + done[chain] - 1]}" if done[chain] else values[chain]
+        source = names[chain * HOPS + done[chain] - 1] if done[chain] else values[chain]
         first[chain] = first[chain] if done[chain] else len(facts)
-        facts.append(f" VAR {name} = {source}. ".encode())
+        facts.append(f" Copy {source} to {name}. ".encode())
         done[chain] += 1
     found = []
     for chain in rng.sample(range(CHAINS), min(asks, CHAINS)):
         answer = "".join(f" {name}" for name in names[chain * HOPS : (chain + 1) * HOPS])
-        found.append(Ask(f"\nVariables that are {values[chain]}:".encode(), answer.encode(), first[chain]))
-    return Problem(tuple(facts), tuple(found))
+        found.append(Ask(f"\nCopies of {values[chain]}:".encode(), answer.encode(), first[chain]))
+    return Problem(tuple(facts), tuple(found), names=tuple(names))
 
 
 def _common_words(rng: random.Random, asks: int, room: int) -> Problem:

@@ -14,9 +14,10 @@ from hsa_compile.model.data import DataError, Sample, excerpt
 from hsa_compile.model.shards import Tokens
 from hsa_compile.model.tasks.haystack import Codec, frequent_words, hide, other_words
 from hsa_compile.model.tasks.pairs import KEYS, PAIR_BYTES, QUERY_BYTES, VALUE_DIGITS, value
-from hsa_compile.model.tasks.problem import Problem, Task
+from hsa_compile.model.tasks.problem import WORDS, Problem, Task, digits
 
 ASKS = 6  # questions about one problem's facts, at most
+STATED_DIGITS = 7
 TRIES = 16  # of any problems, before those that fit are looked for in order
 WORDS_LENGTH = 512  # from which on a text of words is long enough for some to be common
 
@@ -58,11 +59,27 @@ class Weaver:
             task = self._task(rng, self._in_text)
         if task.dense:
             if not isinstance(self.text, bytes):
-                raise DataError("pairs are written in bytes; leave that task out with other tokens")
+                return self._statements(rng, length, pairs)
             return pairs_sample(rng, self.text, length, pairs, self.fill, self.answer_weight)
         if task.hay != "text":
             return self._words(rng, task, length)
         return self._woven(rng, task, length)
+
+    def _statements(self, rng: random.Random, length: int, pairs: int) -> Sample:
+        """As ``pairs_sample``, of a word and a number each: at most so many statements, written over and over."""
+        words = rng.sample(WORDS, rng.randint(1, min(pairs, len(WORDS))))
+        texts = [(f" {word} is", f" {digits(rng, STATED_DIGITS)}.") for word in words]
+        written = [self._encode("".join(text).encode()) for text in texts]
+        queries = [len(self._encode(query.encode())) for query, _ in texts]
+        inserts = int((length + 1) * self.fill) // max(map(len, written))
+        if inserts < len(words):
+            raise DataError(f"{len(words)} pairs do not fit into {self.fill:.0%} of {length} tokens; ask for fewer")
+        pieces, told = list[_Piece](), set[int]()
+        for i in _asking_order(rng, len(words), inserts):
+            answer = (queries[i], len(written[i]) - 1) if i in told else (0, 0)
+            pieces.append(_Piece(written[i], *answer))
+            told.add(i)
+        return self._between_text(rng, pieces, length)
 
     @staticmethod
     def _task(rng: random.Random, tasks: Sequence[tuple[Task, float]]) -> Task:
@@ -87,15 +104,19 @@ class Weaver:
     def _woven(self, rng: random.Random, task: Task, length: int) -> Sample:
         """Problems of all tasks that hide in prose, the first of this one, until they fill their part."""
         inserts: list[tuple[float, _Piece]] = []
-        left, worlds = int((length + 1) * self.fill), set[str]()
+        left, used = int((length + 1) * self.fill), set[str]()
+        spare = int(left * rng.random())  # from a single problem to as many as fit
         for candidate, asks in self._candidates(rng, task, length):
-            if candidate.world in worlds:
+            if inserts and left <= spare:
+                break
+            problem = candidate.make(rng, asks, length)
+            if not used.isdisjoint(names := (*problem.names, *filter(None, [candidate.world]))):
                 continue
-            pieces = self._pieces(candidate.make(rng, asks, length))
+            pieces = self._pieces(problem)
             if (size := sum(len(piece.ids) for piece in pieces)) <= left:
                 left -= size
                 inserts += zip(sorted(rng.random() for _ in pieces), pieces)
-                worlds |= {candidate.world} - {""}
+                used.update(names)
             elif inserts:
                 break
         if not inserts:

@@ -1,26 +1,25 @@
 """The sliding window on GPUs.
 
 A thread block takes a tile of T neighbouring tokens of one kv head, T*G query rows, and walks over the keys of all their
-windows, oldest first, with a softmax that it carries along. Of few tokens, of a decoding step, every window is split into
-parts, a block each; another launch adds them up. The ring is written last: present may be past.
+windows with a softmax that it carries along: by ``warpgroups`` on sm_90a, by ``rows`` (here) elsewhere. Of few tokens, of
+a decoding step, every window is split into parts, a block each; another launch adds them up. The ring is written last:
+present may be past.
 
-A key is known by its place: its number less that of the segment's first token, so that places are small whatever the
-position. Negative places lie in the ring, the key before the segment in slot ``newest = (position - 1) mod W``, none
-before place ``oldest``. Keys and values of places that no token sees count as zeros, whatever the memory holds there.
+By rows and parts, keys and values of places that no token sees count as zeros, whatever the memory holds there.
 """
 
-import math
 from typing import Any
 
 import tilelang.language as T
 
 from hsa_compile.ir.operators import ProblemError, SlidingWindow
 from hsa_compile.ir.programs import GpuProgram, GpuTile, Launch, Region
+from hsa_compile.ir.programs.gpu import window_warpgroups
+from hsa_compile.ir.programs.gpu.attention_walk import OPTIONS as WARPGROUPS
+from hsa_compile.ir.programs.gpu.window_places import LOG2E, LOWEST, of_row
 
 TENSORS = ("q", "k", "v", "past_k", "past_v", "position", "lengths", "o", "present_k", "present_v")
 OPTIONS = {"tl.enable_fast_math": True, "tl.disable_warp_specialized": True, "tl.disable_wgmma": True}
-LOG2E = math.log2(math.e)
-LOWEST = -1e30  # logit of what a row does not see
 KEYS = 64  # of a block of keys, and of a part
 ROWS = 16  # of a matrix product
 THREADS = 128
@@ -41,8 +40,8 @@ def require_supported(problem: SlidingWindow) -> None:
 
 
 def program(problem: SlidingWindow, tile: GpuTile) -> GpuProgram:
-    """The forward pass in the tile's form, by token or by rows. Of the sizes, C is how many slots of every row's ring are
-    written, from the newest backwards: W, or min(L, W) where present is past.
+    """The forward pass in the tile's form. Of the sizes, C is how many slots of every row's ring are written, from the
+    newest backwards: W, or min(L, W) where present is past.
 
     Raises:
         ProblemError: see ``require_supported``.
@@ -56,9 +55,10 @@ def program(problem: SlidingWindow, tile: GpuTile) -> GpuProgram:
     )
     inputs = TENSORS[:7]
     if tile.form != "token":
-        return GpuProgram(
-            TENSORS, (slots,), (Launch("attend", _attend(problem, tile), (*inputs, "o"), dims, OPTIONS), ring)
-        )
+        by_warpgroups = tile.form == "warpgroups"
+        function = window_warpgroups.attend(problem, tile) if by_warpgroups else _attend(problem, tile)
+        attend = Launch("attend", function, (*inputs, "o"), dims, WARPGROUPS if by_warpgroups else OPTIONS)
+        return GpuProgram(TENSORS, (slots,), (attend, ring))
     rows = problem.q_heads * -(-problem.window // KEYS)
     parts = Region("parts", "float32", f"B * L * {rows * problem.head_dim}")
     peaks, totals = (Region(name, "float32", f"B * L * {rows}") for name in ("peaks", "totals"))
@@ -145,9 +145,7 @@ def _attend(p: SlidingWindow, tile: GpuTile) -> Any:
             t0 = T.alloc_var("int32")
             b = T.cast(bb, "int64")
             t0 = T.cast(bt, "int32") * TOKENS
-            newest = T.cast((position[b] + (W - 1)) % W, "int32")
-            oldest = -T.cast(T.min(position[b], T.cast(W, "int64")), "int32")
-            count = T.cast(T.min(lengths[b], L), "int32")
+            newest, oldest, count = of_row(position, lengths, b, L, W)
             low = T.max(t0 - (W - 1), oldest)
             high = T.if_then_else(t0 < count, T.min(t0 + TOKENS, count), low)
             for r, d in T.Parallel(M, D):
@@ -210,9 +208,7 @@ def _attend_parts(p: SlidingWindow) -> Any:
             b = T.cast(row, "int64") // L
             t = T.cast(row, "int64") % L
             t32 = T.cast(t, "int32")
-            newest = T.cast((position[b] + (W - 1)) % W, "int32")
-            oldest = -T.cast(T.min(position[b], T.cast(W, "int64")), "int32")
-            count = T.cast(T.min(lengths[b], L), "int32")
+            newest, oldest, count = of_row(position, lengths, b, L, W)
             s0 = t32 - (W - 1) + part * KEYS
             for r, d in T.Parallel(M, D):
                 queries[r, d] = q[b, t, bh * G + T.min(r, G - 1), d]
