@@ -20,7 +20,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "TrainDtype": (str,), "ModelConfig": (ModelConfig,), "dict[str, float]": (dict,),
 }  # fmt: skip
 # What may change between a run and its continuation: none of it reaches the weights.
-FREE_ON_RESUME = ("out", "device", "workers", "threads", "progress", "save_every", "keep", "eval_every", "recompute")
+FREE_ON_RESUME = (
+    "out", "device", "workers", "threads", "progress", "save_every", "keep", "eval_every", "recompute", "graphs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class TrainConfig:
         accumulate: parts of a batch that go through the model one after the other; gradients add up.
         dtype: of matrix products; "bfloat16" is autocast, weights and optimizer stay in float32.
         recompute: keep no activations inside layers, make them again in the backward: less memory, a third more work.
+        graphs: on a GPU, compute gradients from CUDA graphs (``model/gradients.py``): for models so small that an
+            update waits for launches. Not with ``accumulate`` or several processes.
         dense_escape: attend densely, by PyTorch's own kernels, where a text has at most K chunks, so that every token
             selects all it sees anyway; the same up to rounding.
         lr, min_lr, warmup: peak and last learning rate of a cosine schedule, and steps up to the peak.
@@ -77,6 +81,7 @@ class TrainConfig:
     accumulate: int = 1
     dtype: TrainDtype = "float32"
     recompute: bool = False
+    graphs: bool = False
     dense_escape: bool = False
     lr: float = 4e-3
     min_lr: float = 2e-4
@@ -114,6 +119,8 @@ class TrainConfig:
         find_tasks(list(self.tasks))
         if not self.tasks or not all(isinstance(x, int | float) and 0 < x < math.inf for x in self.tasks.values()):
             raise ConfigError(f"tasks must name tasks, each with a share above 0, got {self.tasks!r}")
+        if self.graphs and self.accumulate > 1:
+            raise ConfigError("graphs take a batch as a whole: train without them, or with accumulate = 1")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from hsa_compile.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from hsa_compile.model.config import ConfigError, ModelConfig
 from hsa_compile.model.evaluate import text_loss
+from hsa_compile.model.gradients import GradientGraphs
 from hsa_compile.model.hsa import HsaLayer
 from hsa_compile.model.metrics import COUNTED, MetricsFile, matmul_rate, training_flops, watch_selections
 from hsa_compile.model.model import HsaModel, sequence_loss
@@ -139,6 +140,8 @@ class _Run:
             raise ConfigError(
                 f"batch ({config.batch}) must be at least accumulate × processes ({config.accumulate} × {world.size})"
             )
+        if config.graphs and world.size > 1:
+            raise ConfigError("graphs are of one process: train without them, or without torchrun")
         found = read_state(self.out) if resume else None
         self.corpus = load_corpus(config)
         self._check_start(None if found is None else found[1]["about"])
@@ -152,6 +155,7 @@ class _Run:
                 layer.dense_escape = config.dense_escape
         shard(self.model, world)
         self.optimizer = make_optimizer(self.model, config)
+        self.graphs = GradientGraphs(self.model, self._backward) if config.graphs else None
         self.step, self.seconds, self.tokens, self.flops = 0, 0.0, 0, 0
         self.interrupted = False
         if found is not None:
@@ -236,6 +240,8 @@ class _Run:
 
     def _gradients(self, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Adds up this process's gradients, part by part, and returns its share of the loss."""
+        if self.graphs is not None:
+            return self.graphs(ids, targets, weights)
         c, world, device = self.config, self.world, self.world.device
         total = weights.sum().to(device)
         parts = [x.tensor_split(c.accumulate * world.size) for x in (ids, targets, weights)]
@@ -244,12 +250,16 @@ class _Run:
         losses = []
         for i in mine:
             x, y, w = (part[i].to(device) for part in parts)
-            with torch.autocast(device.type, torch.bfloat16, enabled=c.dtype == "bfloat16"):
-                loss = sequence_loss(self.model(x), y, w, total)
-            # Sharded gradients are averaged over the processes, each of which has a part of one sum.
-            (loss * world.size if world.size > 1 else loss).backward()
-            losses.append(loss.detach())
+            losses.append(self._backward(x, y, w, total))
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def _backward(self, ids: Tensor, targets: Tensor, weights: Tensor, total: Tensor) -> Tensor:
+        """Adds the gradients of a part of a batch, whose weights add up to ``total``, and returns its loss."""
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            loss = sequence_loss(self.model(ids), targets, weights, total)
+        # Sharded gradients are averaged over the processes, each of which has a part of one sum.
+        (loss * self.world.size if self.world.size > 1 else loss).backward()
+        return loss.detach()
 
     def _evaluate(self) -> dict[str, float]:
         with watch_selections(self.model) as selections:

@@ -18,6 +18,7 @@ from hsa_compile import dispatch
 from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.flash import FlashWindow
 from hsa_compile.model.generate import generate
+from hsa_compile.model.gradients import GradientGraphs
 from hsa_compile.model.graph import GraphDecoder
 from hsa_compile.model.layers import SlidingWindow, SwiGlu, rms_norm, rotate, rotations
 from hsa_compile.model.mamba import SCAN_CHUNK, fla_scan, has_kernel, scan
@@ -74,6 +75,36 @@ def check_step() -> None:
 def check_recomputation() -> None:
     """Checkpointed layers run the operators again and give the same."""
     _close(_step(recompute=True), _step(), 1e-3)
+
+
+def check_training_graphs() -> None:
+    """Gradients from CUDA graphs, of two lengths in turns, and weights that change in between."""
+    model, ids = _model()
+
+    def backward(x: Tensor, y: Tensor, w: Tensor, total: Tensor) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = sequence_loss(model(x), y, w, total)
+        loss.backward()
+        return loss.detach()
+
+    def found(loss: Tensor) -> tuple[Tensor, Tensor]:
+        return loss.clone(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    graphs, before = GradientGraphs(model, backward), {n: p.detach().clone() for n, p in model.named_parameters()}
+    try:
+        for L in (2048, 512, 2048, 512):
+            x, y = ids[:, :L].contiguous(), ids[:, 1 : L + 1].contiguous()
+            w = torch.rand(x.shape, device="cuda")
+            got = found(graphs(x, y, w))
+            model.zero_grad(set_to_none=True)
+            _close(got, found(backward(x, y, w, w.sum())), 1e-2)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.01 * torch.randn_like(p))
+    finally:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(before[name])
 
 
 def check_compiled_graph() -> None:
@@ -230,5 +261,5 @@ def check_graphs() -> None:
 CHECKS = {
     "step": check_step, "recomputation": check_recomputation, "torch.compile": check_compiled_graph,
     "windows": check_windows, "fused": check_fused, "mamba scan": check_mamba_scan, "host memory": check_host_memory,
-    "graphs": check_graphs,
+    "graphs": check_graphs, "training graphs": check_training_graphs,
 }  # fmt: skip
