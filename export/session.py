@@ -150,9 +150,11 @@ class Session:
             CapacityError: a row would pass the session's limit; nothing has changed then.
         """
         checked, taken = self._checked(ids, lengths)
-        L = checked.shape[1]
+        L, choices = checked.shape[1], Choices.of([None] * self.batch)
+        if L == 1:
+            return self._decoder.run(checked[:, 0], taken, choices).logits()
         at = np.broadcast_to(np.arange(L), checked.shape)
-        return self._run(checked, taken, L, at, [None] * self.batch).logits()
+        return self._binding.run(checked, taken, L, at, choices).logits()
 
     def next(self, tokens: Ids, lengths: Ids, samplers: Samplers) -> Ids:
         """Reads a token a row and chooses the ones after them, without a look at the logits.
@@ -168,9 +170,8 @@ class Session:
         Raises:
             ValueError, CapacityError: as ``step``.
         """
-        return self._run(
-            *self._checked(tokens[:, None], lengths), 1, np.zeros((self.batch, 1), np.int64), samplers
-        ).token[:, 0]
+        checked, taken = self._checked(tokens[:, None], lengths)
+        return self._decoder.run(checked[:, 0], taken, Choices.of(samplers)).token[:, 0]
 
     def prefill(self, ids: Tokens, *, lengths: Lengths = None, segment: int | None = None) -> Floats:
         """Reads tokens in segments, so that memory beyond the state stays bounded.
@@ -203,10 +204,7 @@ class Session:
             The tokens chosen after what each row takes, int64 [B], as ``next`` returns them; of rows that have not
             been read to their end they mean nothing.
         """
-        token = np.zeros(self.batch, np.int64)
-        for ends, step in self._segments(*self._checked(ids, lengths), segment, True, samplers):
-            token[ends] = step.token[ends, 0]
-            yield token
+        return self._chosen(*self._checked(ids, lengths), segment, samplers)
 
     def generate(
         self,
@@ -289,7 +287,7 @@ class Session:
     def _stream(
         self, ids: Ids, lengths: Ids, count: int, samplers: list[Sampler], stop: set[int]
     ) -> Iterator[list[int]]:
-        *_, chosen = self.segments(ids, samplers, lengths=lengths)
+        *_, chosen = self._chosen(ids, lengths, None, samplers)
         live = np.ones(self.batch, np.int64)
         for left in reversed(range(count)):
             tokens = [checked_token(token) if on else 0 for token, on in zip(chosen.tolist(), live)]
@@ -307,6 +305,12 @@ class Session:
             if ends.any():
                 logits[ends] = step.logits()[ends, 0]
         return logits
+
+    def _chosen(self, ids: Ids, lengths: Ids, segment: int | None, samplers: Samplers) -> Iterator[Ids]:
+        token = np.zeros(self.batch, np.int64)
+        for ends, step in self._segments(ids, lengths, segment, True, samplers):
+            token[ends] = step.token[ends, 0]
+            yield token
 
     def _segments(
         self, ids: Ids, lengths: Ids, segment: int | None, short: bool, samplers: Samplers
@@ -328,13 +332,6 @@ class Session:
             ending = [sampler if end else None for sampler, end in zip(samplers, ends)]
             # Not by the decoder, even if it is one token: a CUDA graph costs more than it saves where nothing follows.
             yield ends, self._binding.run(part, taken, upper, last, Choices.of(ending))
-
-    def _run(self, ids: Ids, lengths: Ids, upper: int, logits_at: Ids, samplers: Samplers) -> Step:
-        """What comes after tokens ``logits_at`` [B, w] of the last ``upper`` ones, those of the upper half."""
-        choices = Choices.of(samplers)
-        if ids.shape[1] == 1:
-            return self._decoder.run(ids[:, 0], lengths, choices)
-        return self._binding.run(ids, lengths, upper, logits_at, choices)
 
     def _checked(self, ids: Any, lengths: Lengths) -> tuple[Ids, Ids]:
         array = np.asarray(ids)

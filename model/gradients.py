@@ -43,8 +43,7 @@ class GradientGraphs:
             one = self._captured[ids.shape] = self._prepare(ids, targets, weights)
         for place, value in zip(one.inputs, (ids, targets, weights, weights.sum())):
             place.copy_(value)
-        for parameter, kept, reached in zip(self._parameters, self._kept, one.reached):
-            parameter.grad = kept if reached else None
+        self._point(one)
         if one.graph is None:
             self._run(one)
         else:
@@ -64,8 +63,7 @@ class GradientGraphs:
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         one = _Captured(inputs, reached, graph)
-        for parameter, kept, is_reached in zip(self._parameters, self._kept, reached):
-            parameter.grad = kept if is_reached else None
+        self._point(one)
         # They run one after the other, so they may have their memory from one pool.
         others = next((other.graph for other in self._captured.values() if other.graph is not None), None)
         with torch.cuda.graph(graph, pool=None if others is None else others.pool()):
@@ -79,6 +77,11 @@ class GradientGraphs:
             parameter.grad = None
         self._compute(*inputs)
         return [parameter.grad is not None for parameter in self._parameters]
+
+    def _point(self, one: _Captured) -> None:
+        """Has gradients left at their addresses."""
+        for parameter, kept, reached in zip(self._parameters, self._kept, one.reached):
+            parameter.grad = kept if reached else None
 
     def _run(self, one: _Captured) -> None:
         torch._foreach_zero_([kept for kept, reached in zip(self._kept, one.reached) if reached])

@@ -42,7 +42,7 @@ class Engine(Protocol):
         ...
 
 
-# Tokens of a prompt that others wait for: an H100 takes 15 ms for as many of a model of 240 million parameters.
+# Tokens of a prompt that others wait for at once, fewer than read fastest.
 SEGMENT = 8192
 
 
