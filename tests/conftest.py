@@ -9,6 +9,8 @@ from hsa_compile.schedules.builder import compiler_version
 
 # What is tested must not hang on what was tuned on a machine; tests of records say otherwise.
 os.environ["HSA_COMPILE_SCHEDULE"] = "default"
+# Nothing is downloaded, not even looked for.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -116,24 +116,29 @@ def harness(
     tasks: Annotated[str, typer.Option(help="Of the harness, as in niah_single_1,niah_multikey_2.")] = "niah_single_1",
     lengths: Annotated[str, typer.Option(help="4K, 8K, … 128K.")] = "4K",
     n: Annotated[int, typer.Option("-n", help="Samples a task.")] = 50,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Hugging Face tokenizer.json. Default: the checkpoint's, or bytes.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     output: Output = Path("runs/harness"),
 ) -> None:
-    """Let lm-evaluation-harness judge a model whose tokens are bytes, by its own RULER tasks.
+    """Let lm-evaluation-harness judge a model by its own RULER tasks.
 
-    No download need niah_single_1, niah_multikey_2, niah_multikey_3, ruler_fwe, and from 16K on ruler_vt and
-    ruler_cwe. Writes harness.jsonl.
+    No download need niah_single_1, niah_multikey_2, niah_multikey_3, ruler_fwe, ruler_cwe and ruler_vt. Where tokens
+    are bytes, ruler_cwe starts at 8K, and ruler_vt has too long an example. Writes harness.jsonl.
     """
     with friendly():
         from hsa_compile.bench.record import common_keys, write_suite
         from hsa_compile.evaluation.harness import run_harness
+        from hsa_compile.evaluation.setup import find_tokenizer
         from hsa_compile.model.checkpoint import load_checkpoint
 
         model = load_checkpoint(checkpoint, device)
         if device == "cuda":
             model = model.bfloat16()
         names = [name.strip() for name in tasks.split(",")]
-        found = run_harness(model, names, [tokens(x) for x in lengths.split(",")], n)
+        tokenizer = find_tokenizer(checkpoint, model.config.vocab_size, tokenizer)
+        found = run_harness(model, names, [tokens(x) for x in lengths.split(",")], n, tokenizer)
         rows = [
             {**common_keys("harness", 0, device), "task": task, "L": int(L), "n": n, "score": round(score, 4)}
             for task, scores in found.items() for L, score in scores.items()

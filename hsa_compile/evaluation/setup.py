@@ -64,11 +64,8 @@ def prepare(
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     config, training = read_config(checkpoint)
     recipe = training.get("recipe") or {}
-    if tokenizer is None and (checkpoint / TOKENIZER_NAME).is_file():
-        tokenizer = checkpoint / TOKENIZER_NAME
+    tokenizer = find_tokenizer(checkpoint, config.vocab_size, tokenizer)
     known = codec(None if tokenizer is None else str(tokenizer))
-    if known.vocab_size > config.vocab_size or (tokenizer is None and config.vocab_size > 512):
-        raise ConfigError(f"the model has {config.vocab_size} tokens: give its tokenizer.json")
     tokens = _held_out(known, str(text) if text is not None else recipe.get("data"))
     samples = Samples(known, tokens, plan.seed, plan.patch_from)
     model = load_checkpoint(checkpoint, device).to(DTYPES[dtype])
@@ -79,6 +76,23 @@ def prepare(
         "patch_from": plan.patch_from,
     }
     return Subject(model, samples, about, recipe.get("length"))
+
+
+def find_tokenizer(checkpoint: Path, vocab_size: int, given: Path | None = None) -> Path | None:
+    """The ``tokenizer.json`` that is given, else the checkpoint's; None where tokens are bytes.
+
+    Args:
+        vocab_size: of the model.
+
+    Raises:
+        DataError: it cannot be read.
+        ConfigError: it is not the model's.
+    """
+    if given is None and (checkpoint / TOKENIZER_NAME).is_file():
+        given = checkpoint / TOKENIZER_NAME
+    if codec(None if given is None else str(given)).vocab_size > vocab_size or (given is None and vocab_size > 512):
+        raise ConfigError(f"the model has {vocab_size} tokens: give its tokenizer.json")
+    return given
 
 
 def _held_out(known: Codec, text: str | None) -> NDArray[np.integer]:
