@@ -116,14 +116,19 @@ class Context:
     Attributes:
         hay: what lies below; its length is that of the context.
         edits: (place, tokens) of what was written over it, in order, the question last.
-        answer: token ids that are to come next.
+        parts: token ids that are to come next. Where they are several, any order of them is right.
         depth: of the fact that the question needs, as a part of the context; 0 where there are no facts.
     """
 
     hay: Circle
     edits: tuple[tuple[int, Ids], ...]
-    answer: Ids
+    parts: tuple[Ids, ...]
     depth: float
+
+    @property
+    def answer(self) -> Ids:
+        """The parts in their order."""
+        return np.concatenate(self.parts)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -159,7 +164,7 @@ def hide(rng: random.Random, codec: Codec, hay: Circle, problem: Problem, ask: A
     Raises:
         ConfigError: they do not fit.
     """
-    query, answer = codec.encode(ask.query).astype(np.int64), codec.encode(ask.answer).astype(np.int64)
+    query, *parts = (codec.encode(text).astype(np.int64) for text in (ask.query, *ask.parts))
     facts = [codec.encode(fact).astype(np.int64) for fact in problem.facts]
     free = len(hay) - len(query) - sum(map(len, facts))
     if free < 1:
@@ -167,7 +172,7 @@ def hide(rng: random.Random, codec: Codec, hay: Circle, problem: Problem, ask: A
     ends = codec.encode(after)
     starts = list(_places(rng, hay, facts, free, int(ends[0]) if len(ends) == 1 else -1))
     edits = [*zip(starts, facts), (len(hay) - len(query), query)]
-    return Context(hay, tuple(edits), answer, starts[ask.fact] / len(hay) if starts else 0.0)
+    return Context(hay, tuple(edits), tuple(parts), starts[ask.fact] / len(hay) if starts else 0.0)
 
 
 def _places(rng: random.Random, hay: Circle, facts: Sequence[Ids], free: int, after: int) -> Iterator[int]:
