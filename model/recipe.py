@@ -45,8 +45,8 @@ class TrainConfig:
             update waits for launches. Not with ``accumulate`` or several processes.
         dense_escape: attend densely, by PyTorch's own kernels, where a text has at most K chunks, so that every token
             selects all it sees anyway; the same up to rounding.
-        noise_from, noise_full: parts of the steps, up to which there is no noise on the selection (``selection_noise`` of
-            the model), and from which on there is all of it. What is to be found with noise must have been learnt.
+        noise_from, noise_full: parts of the steps: up to the first there is no noise on the selection (the model's
+            ``selection_noise``), from the second on all of it. What is not learnt yet is learnt later with noise.
         lr, min_lr, warmup: peak and last learning rate of a cosine schedule, and steps up to the peak.
         weight_decay: of matrices; vectors and the embedding have none.
         clip: largest norm of the gradient.
