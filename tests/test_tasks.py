@@ -30,8 +30,8 @@ def _text(context: Context) -> str:
     return bytes(context.read(0, context.shape[1]).astype(np.uint8)).decode()
 
 
-def _problem(name: str, seed: int, asks: int = 3) -> tuple[str, Problem]:
-    problem = TASKS[name].make(random.Random(seed), asks, 4096)
+def _problem(name: str, seed: int, asks: int = 3, room: int = 4096) -> tuple[str, Problem]:
+    problem = TASKS[name].make(random.Random(seed), asks, room)
     return b"".join(problem.facts).decode(), problem
 
 
@@ -77,10 +77,11 @@ def test_chains_of_variables_end_in_the_value_asked_for(seed: int) -> None:
         assert ask.answer.decode().split() == [name for name, value in values.items() if value == asked[1]]
 
 
+@pytest.mark.parametrize("room", [128, 4096])
 @pytest.mark.parametrize("seed", range(20))
-def test_people_and_objects_are_where_the_last_fact_left_them(seed: int) -> None:
+def test_people_and_objects_are_where_the_last_fact_left_them(seed: int, room: int) -> None:
     for name in ("qa1", "qa2", "qa3"):
-        facts, problem = _problem(name, seed)
+        facts, problem = _problem(name, seed, room=room)
         place: dict[str, str] = {}
         holder: dict[str, str] = {}
         history: dict[str, list[str]] = {}
@@ -108,9 +109,10 @@ def test_people_and_objects_are_where_the_last_fact_left_them(seed: int) -> None
                 assert history[words[0]][-2:] == [answer, words[1]]
 
 
+@pytest.mark.parametrize("room", [128, 4096])
 @pytest.mark.parametrize("seed", range(10))
-def test_directions_and_gifts(seed: int) -> None:
-    facts, problem = _problem("qa4", seed)
+def test_directions_and_gifts(seed: int, room: int) -> None:
+    facts, problem = _problem("qa4", seed, room=room)
     opposite = {"north": "south", "south": "north", "east": "west", "west": "east"}
     known = {}
     for a, direction, b in re.findall(r"The (\w+) is (\w+) of the (\w+)\.", facts):
@@ -119,12 +121,45 @@ def test_directions_and_gifts(seed: int) -> None:
         asked = re.search(r"What is (\w+) of the (\w+)\?", ask.query.decode())
         assert asked is not None
         assert known[asked.groups()] == ask.answer.decode().strip()  # type: ignore[index]
-    facts, problem = _problem("qa5", seed)
+    facts, problem = _problem("qa5", seed, 6, room)
+    assert len({ask.query for ask in problem.asks}) == min(6, 2 * len(problem.facts))
     gifts = {thing: (giver, taker) for giver, thing, taker in re.findall(r"(\w+) \w+ the (\w+) to (\w+)\.", facts)}
     for ask in problem.asks:
         asked = re.search(r"Who (gave|received) the (\w+)\?", ask.query.decode())
         assert asked is not None
         assert gifts[asked[2]][asked[1] == "received"] == ask.answer.decode().strip()
+
+
+def test_worlds_are_small_in_short_texts() -> None:
+    sizes = {name: [set[int]() for _ in range(3)] for name in ("qa1", "qa2", "qa3", "qa4", "qa5")}
+    for name, found in sizes.items():
+        for seed in range(300):
+            for room, counts in zip((128, 512, 1 << 20), found):
+                counts.add(len(_problem(name, seed, room=room)[1].facts))
+    assert sizes["qa1"] == [{2}, {8}, {8}]
+    assert sizes["qa4"] == [{1}, {2}, {2}]
+    assert sizes["qa5"] == [{1}, {3}, {3}]
+    for name, least in (("qa2", 2), ("qa3", 3)):
+        short, *long = sizes[name]
+        assert min(short) == least
+        assert max(short) <= 2 * least
+        assert all(min(counts) == 8 and max(counts) <= 16 for counts in long)
+
+
+@pytest.mark.parametrize(("name", "length"), [("qa1", 128), ("qa2", 128), ("qa3", 256), ("qa4", 128), ("qa5", 128)])
+def test_short_samples_have_worlds(name: str, length: int) -> None:
+    for seed in range(20):
+        sample = Weaver(Bytes(), TEXT, ((TASKS[name], 1.0),), 0.9, 5.0).draw(random.Random(seed), length, 1)
+        assert re.search(rb"\nWh\w+ [^?]+\?", bytes(np.asarray(sample.ids, np.uint8)))
+
+
+def test_a_problem_has_the_questions_for_which_there_is_room() -> None:
+    asked = []
+    for seed in range(40):
+        sample = Weaver(Bytes(), TEXT, ((TASKS["mk"], 1.0),), 0.9, 5.0).draw(random.Random(seed), 330, 1)
+        asked.append(bytes(np.asarray(sample.ids, np.uint8)).count(b"\nThe number of"))
+    assert set(asked) == {1, 2}  # six needles of 36 bytes, questions of as many
+    assert asked.count(2) > asked.count(1)
 
 
 def test_common_words_are_the_most_common_of_their_text() -> None:

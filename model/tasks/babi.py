@@ -2,6 +2,9 @@
 
 The questions are those of the first five bAbI tasks (Weston et al., arXiv 1502.05698): where a person is (qa1), where
 an object is (qa2), where it was before (qa3), what lies in which direction (qa4), who gave what to whom (qa5).
+
+In a text of 512 tokens or more a world has eight events, a map two facts, and three things are given. Shorter ones, of
+training, have fewer: they are where finding a fact is learnt, and held none of these questions otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ PEOPLE = ("Mary", "John", "Daniel", "Sandra", "Bill", "Fred")
 PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 OBJECTS = ("apple", "football", "milk", "cake")
 DIRECTIONS = {"north": "south", "south": "north", "east": "west", "west": "east"}
-ACTORS, EVENTS = 4, 8
+ACTORS, EVENTS, GIFTS = 4, 8, 3
+EVENT_ROOM, FACT_ROOM = 64, 96  # tokens of a text for each event of a world; for each fact of a map, each gift
 
 
 @dataclass
@@ -77,7 +81,7 @@ class _World:
 
 def _where_is_a_person(rng: random.Random, asks: int, room: int) -> Problem:
     world, people = _World(rng), rng.sample(PEOPLE, ACTORS)
-    for _ in range(EVENTS):
+    for _ in range(_events(room, 2)):
         world.move(rng.choice(people))
     asked = rng.sample(sorted(world.place), min(asks, len(world.place)))
     return Problem(
@@ -86,19 +90,24 @@ def _where_is_a_person(rng: random.Random, asks: int, room: int) -> Problem:
     )
 
 
-def _carried(rng: random.Random, places: int) -> tuple[_World, list[str]]:
-    """A world with objects, of which those are named that have been at that many places or more."""
-    world, people = _World(rng), rng.sample(PEOPLE, ACTORS - 1)
-    things = OBJECTS[:3]
+def _events(room: int, least: int) -> int:
+    return max(least, min(EVENTS, room // EVENT_ROOM))
+
+
+def _carried(rng: random.Random, places: int, events: int) -> tuple[_World, list[str]]:
+    """A world with objects, of which those are named that have been at that many places or more. Of ``events`` to twice
+    as many: for two places one of twenty needed more, up to 45."""
     while True:
-        world.event(people, things)
-        known = sorted(thing for thing, places_of in world.history.items() if len(places_of) >= places)
-        if len(world.facts) >= EVENTS and known:
-            return world, known
+        world, people = _World(rng), rng.sample(PEOPLE, ACTORS - 1)
+        while len(world.facts) < 2 * events:
+            world.event(people, OBJECTS[:3])
+            known = sorted(thing for thing, places_of in world.history.items() if len(places_of) >= places)
+            if len(world.facts) >= events and known:
+                return world, known
 
 
 def _where_is_an_object(rng: random.Random, asks: int, room: int) -> Problem:
-    world, known = _carried(rng, 1)
+    world, known = _carried(rng, 1, _events(room, 2))
     found = []
     for thing in rng.sample(known, min(asks, len(known))):
         place = world.history[thing][-1]
@@ -107,7 +116,7 @@ def _where_is_an_object(rng: random.Random, asks: int, room: int) -> Problem:
 
 
 def _where_was_an_object(rng: random.Random, asks: int, room: int) -> Problem:
-    world, known = _carried(rng, 2)
+    world, known = _carried(rng, 2, _events(room, 3))
     found = []
     for thing in rng.sample(known, min(asks, len(known))):
         before, place = world.history[thing][-2:]
@@ -117,12 +126,13 @@ def _where_was_an_object(rng: random.Random, asks: int, room: int) -> Problem:
 
 
 def _what_lies_where(rng: random.Random, asks: int, room: int) -> Problem:
-    places = rng.sample(PLACES, 3)
+    places = rng.sample(PLACES, 1 + max(1, min(2, room // FACT_ROOM)))
     direction = rng.choice(sorted(DIRECTIONS))
-    # In a line: each of the first two lies in this direction of the next.
+    # In a line: each but the last lies in this direction of the next.
     facts = tuple(f" The {a} is {direction} of the {b}. ".encode() for a, b in itertools.pairwise(places))
     found = []
-    for i, back in rng.sample([(i, back) for i in range(2) for back in (False, True)], min(asks, 4)):
+    questions = [(i, back) for i in range(len(facts)) for back in (False, True)]
+    for i, back in rng.sample(questions, min(asks, len(questions))):
         a, b = places[i], places[i + 1]
         asked, known, answer = (DIRECTIONS[direction], a, b) if back else (direction, b, a)
         found.append(Ask(f"\nWhat is {asked} of the {known}? The".encode(), f" {answer}".encode(), i))
@@ -131,16 +141,17 @@ def _what_lies_where(rng: random.Random, asks: int, room: int) -> Problem:
 
 def _who_gave_what(rng: random.Random, asks: int, room: int) -> Problem:
     facts, gifts = [], []
-    things = rng.sample(OBJECTS, 3)
+    things = rng.sample(OBJECTS, max(1, min(GIFTS, room // FACT_ROOM)))
     for thing in things:
         giver, taker = rng.sample(PEOPLE, 2)
         gifts.append((giver, thing, taker))
         facts.append(f" {giver} {rng.choice(('gave', 'handed', 'passed'))} the {thing} to {taker}. ".encode())
     found = []
-    for i in rng.sample(range(len(gifts)), min(asks, len(gifts))):
+    questions = [(i, verb) for i in range(len(gifts)) for verb in ("gave", "received")]
+    for i, verb in rng.sample(questions, min(asks, len(questions))):
         giver, thing, taker = gifts[i]
-        query, answer = rng.choice(((f"Who gave the {thing}?", giver), (f"Who received the {thing}?", taker)))
-        found.append(Ask(f"\n{query}".encode(), f" {answer}".encode(), i))
+        answer = giver if verb == "gave" else taker
+        found.append(Ask(f"\nWho {verb} the {thing}?".encode(), f" {answer}".encode(), i))
     return Problem(tuple(facts), tuple(found))
 
 

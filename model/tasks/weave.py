@@ -112,7 +112,7 @@ class Weaver:
             problem = candidate.make(rng, asks, length)
             if not used.isdisjoint(names := (*problem.names, *filter(None, [candidate.world]))):
                 continue
-            pieces = self._pieces(rng, problem)
+            pieces = self._pieces(rng, problem, left)
             if (size := sum(len(piece.ids) for piece in pieces)) <= left:
                 left -= size
                 inserts += zip(sorted(rng.random() for _ in pieces), pieces)
@@ -137,12 +137,17 @@ class Weaver:
         for other, _ in self._in_text * 4:
             yield other, 1
 
-    def _pieces(self, rng: random.Random, problem: Problem) -> list[_Piece]:
-        """What is written, in order."""
+    def _pieces(self, rng: random.Random, problem: Problem, room: int) -> list[_Piece]:
+        """What is written, in order: the facts, the first question, and as many of the others as have room. (Problems
+        whose questions do not all fit were left out once: short samples did not follow the tasks' shares.)"""
         pieces = [_Piece(self._encode(fact), 0, 0) for fact in problem.facts]
-        for ask in problem.asks:
+        room -= sum(len(piece.ids) for piece in pieces)
+        for i, ask in enumerate(problem.asks):
             query, answer = self._encode(ask.query), self._answer(rng, ask)
             ids = np.concatenate((query, answer, self._encode(b"\n")))
+            room -= len(ids)
+            if i and room < 0:
+                break
             pieces.append(_Piece(ids, len(query), len(query) + len(answer)))
         return pieces
 
