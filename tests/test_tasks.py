@@ -15,7 +15,7 @@ from hsa_compile.model.config import ConfigError
 from hsa_compile.model.data import DataError
 from hsa_compile.model.shards import Tokens
 from hsa_compile.model.stream import Batches, length_at
-from hsa_compile.model.tasks.haystack import Bytes, Circle, Context, hide, other_words
+from hsa_compile.model.tasks.haystack import Bytes, Circle, Context, frequent_words, hide, other_words
 from hsa_compile.model.tasks.problem import Problem
 from hsa_compile.model.tasks.registry import TASKS, find_tasks
 from hsa_compile.model.tasks.weave import Weaver, pairs_sample
@@ -170,6 +170,28 @@ def test_common_words_are_the_most_common_of_their_text() -> None:
     words = problem.asks[0].answer.decode().split()
     assert {word for word, _ in Counter(body.split()).most_common(3)} == set(words)
     assert sorted(words, key=body.index) == words
+
+
+@pytest.mark.parametrize(("name", "length"), [("cwe", 512), ("cwe", 4096), ("fwe", 1024), ("fwe", 4096)])
+def test_the_words_asked_for_are_more_frequent_than_any_other(name: str, length: int) -> None:
+    for seed in range(60):
+        problem = TASKS[name].make(random.Random(seed), 1, length)
+        hay = frequent_words(Bytes(), problem, length, seed) if name == "fwe" else other_words(Bytes(), length, seed)
+        text = _text(hide(random.Random(seed), Bytes(), hay, problem, problem.asks[0], b" "))
+        counts = Counter(text[: -len(problem.asks[0].query)].split())
+        asked = [counts.pop(part.decode().strip()) for part in problem.asks[0].parts]
+        assert min(asked) > max(counts.values())
+
+
+def test_words_are_written_as_often_as_they_should() -> None:
+    counts = Counter(bytes(other_words(Bytes(), 30_000, 7).read(0, 30_000).astype(np.uint8)).split())
+    assert len(counts) in range(30_000 // 27 - 1, 30_000 // 27 + 3)
+    assert {word for word, count in counts.items() if count == 3} > set(list(counts)[:1000])
+    problem = TASKS["fwe"].make(random.Random(0), 1, 1 << 18)
+    text = bytes(frequent_words(Bytes(), problem, 1 << 18, 3).read(0, 1 << 18).astype(np.uint8))
+    counts = Counter(text.decode().split())
+    share = np.array([counts[word] for word in problem.words]) / sum(counts.values())
+    assert share[:9] * np.arange(1, 10) ** 2 == pytest.approx(np.full(9, share[0]), rel=0.05)
 
 
 def test_facts_keep_their_order_and_lie_at_uniform_places() -> None:

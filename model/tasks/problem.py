@@ -54,7 +54,7 @@ class Task:
         name: as in results.
         make: draws a problem with at most that many questions, all different but where there is one fact; its facts fit
             into a text of that many tokens.
-        hay: what the facts are hidden in: ``text`` is prose; ``words`` are words that come about three times each;
+        hay: what the facts are hidden in: ``text`` is prose; ``words`` are words that come three times each;
             of ``frequent`` words the most frequent are asked for, and there are no facts.
         world: tasks of one world name the same people or places: one of them, once, can be in a text.
         dense: facts are written side by side in training, and repeated, where others are woven into prose.

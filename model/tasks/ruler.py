@@ -2,7 +2,7 @@
 
 S-N: one needle. MK: one of six is asked for. MQ: two of six. MV: three needles of one key, among three others. VT: two
 chains of three assignments, of which one chain's names are asked for. CWE: three words that come thirty times among
-others that come about three times. FWE: the three most frequent of words whose frequencies fall as 1/rank². ``niah`` is
+others that come three times. FWE: the three most frequent of words whose frequencies fall as 1/rank². ``niah`` is
 S-N in the words of lm-evaluation-harness, for training. What MV, CWE and FWE ask for is a set: RULER counts which of
 its members the answer contains, and takes no notice of their order.
 """
