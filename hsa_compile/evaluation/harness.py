@@ -191,13 +191,13 @@ def run_harness(
     with tempfile.TemporaryDirectory() as folder, _without_downloads():
         metadata: dict[str, Any] = {"tokenizer": str(save_tokenizer(Path(folder), tokenizer))}
         found: dict[str, dict[str, float]] = {task: {} for task in tasks}
+        _check_room(known, tasks, min(lengths))
         for length in lengths:  # the first samples are all of the first length
             manager = lm_eval.tasks.TaskManager(
                 include_path=ruler, include_defaults=False, metadata=metadata | {"max_seq_lengths": [length]}
             )
             if strange := [task for task in tasks if task not in manager.all_subtasks]:
                 raise ConfigError(f"unknown task {strange[0]!r}; known: {', '.join(manager.all_subtasks)}")
-            _check_room(known, tasks, length)
             done = simple_evaluate(
                 lm, tasks=list(tasks), limit=limit, bootstrap_iters=0, log_samples=False, task_manager=manager
             )
