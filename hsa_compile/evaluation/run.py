@@ -113,7 +113,7 @@ class Evaluation:
                 self._patched(hay, tasks, lacking, length, ppl)
                 continue
             if ppl:
-                logits, state, _ = self._read(Context(self.samples.haystack("text", length), (), _NOTHING, 0.0))
+                logits, state, _ = self._read(Context(self.samples.haystack("text", length), (), _NOTHING))
                 self._perplexity(length, logits, state)
             self._whole(tasks, lacking, length)
         self._whole([task for task in self.plan.questions if task.hay == "frequent"], lacking, length)
@@ -161,7 +161,7 @@ class Evaluation:
             self._in_time()
             self.progress(f"{length:,} tokens, reading a haystack", 0)
             circle = self.samples.haystack(hay, length, first)
-            logits, state, cost = self._read(Context(circle, (), _NOTHING, 0.0))
+            logits, state, cost = self._read(Context(circle, (), _NOTHING))
             self.journal.write({"kind": "prefill", "prefill": "short", "hay": hay, "L": length, **cost.fields()})
             if ppl and not first:
                 self._perplexity(length, logits, state)

@@ -26,6 +26,7 @@ class _World:
     Attributes:
         told: by person and by object, the number of the fact that placed them last.
         history: the places where each object was, the last one at the end.
+        brought: by object, for each of these places, the number of the fact that named it.
     """
 
     rng: random.Random
@@ -33,6 +34,7 @@ class _World:
     place: dict[str, str] = field(default_factory=dict)
     holder: dict[str, str] = field(default_factory=dict)
     history: dict[str, list[str]] = field(default_factory=dict)
+    brought: dict[str, list[int]] = field(default_factory=dict)
     told: dict[str, int] = field(default_factory=dict)
 
     def say(self, sentence: str) -> None:
@@ -44,6 +46,7 @@ class _World:
         self.told[person] = len(self.facts)
         for thing in (x for x, who in self.holder.items() if who == person):
             self.history[thing].append(to)
+            self.brought[thing].append(self.told[person])
         self.say(f"{person} {self.rng.choice(('moved', 'went', 'travelled'))} to the {to}.")
 
     def take(self, person: str, thing: str) -> None:
@@ -52,12 +55,17 @@ class _World:
         places = self.history.setdefault(thing, [])
         if not places or places[-1] != self.place[person]:
             places.append(self.place[person])
+            self.brought.setdefault(thing, []).append(self.told[person])
         self.told[thing] = len(self.facts)
         self.say(f"{person} {self.rng.choice(('took', 'grabbed', 'picked up'))} the {thing}.")
 
     def drop(self, thing: str) -> None:
         person = self.holder.pop(thing)
         self.say(f"{person} {self.rng.choice(('dropped', 'left'))} the {thing}.")
+
+    def facts_of(self, thing: str, places: int) -> tuple[int, ...]:
+        """Who took the object last, and what named the last ``places`` places where it was."""
+        return tuple(sorted({self.told[thing], *self.brought[thing][-places:]}))
 
     def can_take(self, person: str, thing: str) -> bool:
         known = self.history.get(thing)
@@ -82,7 +90,7 @@ def _where_is_a_person(rng: random.Random, asks: int, room: int) -> Problem:
     asked = rng.sample(sorted(world.place), min(asks, len(world.place)))
     return Problem(
         tuple(world.facts),
-        tuple(Ask(f"\nWhere is {x}? In the".encode(), f" {world.place[x]}".encode(), world.told[x]) for x in asked),
+        tuple(Ask(f"\nWhere is {x}? In the".encode(), f" {world.place[x]}".encode(), (world.told[x],)) for x in asked),
     )
 
 
@@ -102,7 +110,7 @@ def _where_is_an_object(rng: random.Random, asks: int, room: int) -> Problem:
     found = []
     for thing in rng.sample(known, min(asks, len(known))):
         place = world.history[thing][-1]
-        found.append(Ask(f"\nWhere is the {thing}? In the".encode(), f" {place}".encode(), world.told[thing]))
+        found.append(Ask(f"\nWhere is the {thing}? In the".encode(), f" {place}".encode(), world.facts_of(thing, 1)))
     return Problem(tuple(world.facts), tuple(found))
 
 
@@ -112,7 +120,7 @@ def _where_was_an_object(rng: random.Random, asks: int, room: int) -> Problem:
     for thing in rng.sample(known, min(asks, len(known))):
         before, place = world.history[thing][-2:]
         query = f"\nWhere was the {thing} before the {place}? In the"
-        found.append(Ask(query.encode(), f" {before}".encode(), world.told[thing]))
+        found.append(Ask(query.encode(), f" {before}".encode(), world.facts_of(thing, 2)))
     return Problem(tuple(world.facts), tuple(found))
 
 
@@ -125,7 +133,7 @@ def _what_lies_where(rng: random.Random, asks: int, room: int) -> Problem:
     for i, back in rng.sample([(i, back) for i in range(2) for back in (False, True)], min(asks, 4)):
         a, b = places[i], places[i + 1]
         asked, known, answer = (DIRECTIONS[direction], a, b) if back else (direction, b, a)
-        found.append(Ask(f"\nWhat is {asked} of the {known}? The".encode(), f" {answer}".encode(), i))
+        found.append(Ask(f"\nWhat is {asked} of the {known}? The".encode(), f" {answer}".encode(), (i,)))
     return Problem(facts, tuple(found))
 
 
@@ -140,7 +148,7 @@ def _who_gave_what(rng: random.Random, asks: int, room: int) -> Problem:
     for i in rng.sample(range(len(gifts)), min(asks, len(gifts))):
         giver, thing, taker = gifts[i]
         query, answer = rng.choice(((f"Who gave the {thing}?", giver), (f"Who received the {thing}?", taker)))
-        found.append(Ask(f"\n{query}".encode(), f" {answer}".encode(), i))
+        found.append(Ask(f"\n{query}".encode(), f" {answer}".encode(), (i,)))
     return Problem(tuple(facts), tuple(found))
 
 

@@ -117,13 +117,13 @@ class Context:
         hay: what lies below; its length is that of the context.
         edits: (place, tokens) of what was written over it, in order, the question last.
         answer: token ids that are to come next.
-        depth: of the fact that the question needs, as a part of the context; 0 where there are no facts.
+        needed: which of the edits are the facts that the answer needs, in order.
     """
 
     hay: Circle
     edits: tuple[tuple[int, Ids], ...]
     answer: Ids
-    depth: float
+    needed: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -149,6 +149,11 @@ class Context:
         """(first, end) of each edit."""
         return [(place, place + len(tokens)) for place, tokens in self.edits]
 
+    @property
+    def depth(self) -> float:
+        """Of the first fact that the answer needs, as a part of the context; 0 where it needs none."""
+        return self.edits[self.needed[0]][0] / len(self.hay) if self.needed else 0.0
+
 
 def hide(rng: random.Random, codec: Codec, hay: Circle, problem: Problem, ask: Ask, after: bytes = b"\n") -> Context:
     """The problem's facts at uniform places of the haystack, in their order, and the question at its end.
@@ -167,7 +172,7 @@ def hide(rng: random.Random, codec: Codec, hay: Circle, problem: Problem, ask: A
     ends = codec.encode(after)
     starts = list(_places(rng, hay, facts, free, int(ends[0]) if len(ends) == 1 else -1))
     edits = [*zip(starts, facts), (len(hay) - len(query), query)]
-    return Context(hay, tuple(edits), answer, starts[ask.fact] / len(hay) if starts else 0.0)
+    return Context(hay, tuple(edits), answer, ask.facts)
 
 
 def _places(rng: random.Random, hay: Circle, facts: Sequence[Ids], free: int, after: int) -> Iterator[int]:

@@ -17,12 +17,12 @@ class Ask:
     Args:
         query: the text's last bytes; the answer comes right after them.
         answer: what is to be continued with, exactly.
-        fact: which of the problem's facts is needed; where several are, the first of them.
+        facts: which of the problem's facts are needed, in order; none where the text itself is asked about.
     """
 
     query: bytes
     answer: bytes
-    fact: int = 0
+    facts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
