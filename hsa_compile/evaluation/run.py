@@ -22,9 +22,10 @@ from hsa_compile.bench.inference import operator_clock
 from hsa_compile.evaluation.answers import Answer, answer, losses
 from hsa_compile.evaluation.journal import Journal
 from hsa_compile.evaluation.plan import PERPLEXITY, Plan
+from hsa_compile.evaluation.reading import read, shares_haystacks
 from hsa_compile.evaluation.samples import Samples
 from hsa_compile.model.model import HsaModel
-from hsa_compile.model.prefill import WINDOWED, Ids, patched, prefill, short_prefill
+from hsa_compile.model.prefill import Ids, patched, prefill
 from hsa_compile.model.state import State
 from hsa_compile.model.tasks.haystack import Context
 from hsa_compile.model.tasks.problem import Hay, Task
@@ -105,7 +106,7 @@ class Evaluation:
             task.name: [i for i in range(self.plan.n) if (task.name, length, i) not in self._done]
             for task in self.plan.questions
         }
-        shares = length >= self.plan.patch_from and self.model.config.architecture in WINDOWED
+        shares = shares_haystacks(self.model.config, self.plan, length)
         for hay in ("text", "words"):
             tasks = [task for task in self.plan.questions if task.hay == hay and lacking[task.name]]
             ppl = hay == "text" and PERPLEXITY in self.plan.tasks and not self._has_ppl(length)
@@ -140,14 +141,8 @@ class Evaluation:
                         self._write(task, length, i, context, got, cost.fields(len(indices)))
 
     def _read(self, ids: Ids) -> tuple[Tensor, State, Cost]:
-        B, _L = ids.shape
-        segment = max(1, self.plan.segment // B)
         with self._cost() as costs:
-            if self.model.config.architecture in WINDOWED:
-                room = 2 + 256 // self.model.config.chunk_size
-                logits, state = short_prefill(self.model, ids, segment, self.plan.offload, room)
-            else:
-                logits, state = prefill(self.model, ids, segment, offload=self.plan.offload)
+            logits, state = read(self.model, ids, self.plan)
         return logits, state, costs[0]
 
     # One haystack for many questions.
