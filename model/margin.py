@@ -2,7 +2,7 @@
 
 A chunk is selected where it is among the K best of C. If the others' scores were normal, that would take a score about
 ``needed`` of their standard deviations above their mean, which grows with C, so with the length of a text; the score of
-the right chunk does not. Scores of real texts have heavier tails: ``bar`` is what the selection took.
+the right chunk does not. They are not quite normal: ``bar`` is what the selection took.
 
 Shape letters: n tokens measured, C chunks visible to the last of them, K chunks selected, Hr retrieval heads.
 """

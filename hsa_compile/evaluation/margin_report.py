@@ -102,14 +102,14 @@ def _number(x: Tensor | float | None) -> float | None:
 _COLUMNS = {
     "z": ("z", ".1f"),
     "10 %": ("z_p10", ".1f"),
-    "quantile": ("needed", ".1f"),
+    "normal": ("needed", ".1f"),
     "K-th": ("bar", ".1f"),
-    "largest": ("tail", ".1f"),
-    "selected": ("recall", ".0%"),
+    "max": ("tail", ".1f"),
+    "recall": ("recall", ".0%"),
     "weight": ("weight", ".2f"),
     "mass": ("pearson", ".2f"),
     "right": ("matched", ".0%"),
-    "selected ": ("matched_selected", ".0%"),
+    "found": ("matched_selected", ".0%"),
     "missed": ("matched_missed", ".0%"),
 }
 
@@ -119,9 +119,10 @@ def table(found: Rows) -> Table:
     out = Table(
         title=f"How far the right chunk's score lies above the others', K = {found[0]['top_k']}",
         caption="z: in the others' standard deviations from their mean, mean and 10th percentile over the answers' "
-        "tokens. Selected is what beats the K-th of the others; were they normal, that were the quantile; largest: of "
-        "the others. Mass: correlation of score and log-mass. Right: tokens predicted, all, and those whose chunk was "
-        "selected or missed.",
+        "tokens. K-th: the K-th largest of the others, which a selected one beats; normal: the same, were their scores "
+        "normal; max: the largest. Recall: of the right chunk. Mass: correlation of score and log-mass. Right: tokens "
+        "predicted, of all, and of those whose chunk was found or missed.",
+        show_edge=False,
     )
     for name in ("task", "tokens", "layer", *_COLUMNS):
         out.add_column(name, justify="left" if name == "task" else "right")

@@ -106,9 +106,7 @@ def _patched(
             del state
 
 
-def _ask(
-    model: HsaModel, samples: Samples, task: Task, index: int, context: Context, reading: Reading
-) -> Asked:  # fmt: skip
+def _ask(model: HsaModel, samples: Samples, task: Task, index: int, context: Context, reading: Reading) -> Asked:
     """Reads the context where it is watched, and feeds the answer."""
     L, wanted = context.shape[1], torch.from_numpy(context.answer).to(model.embedding.weight.device)
     space = samples.codec.encode(b" ")
