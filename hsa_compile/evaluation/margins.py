@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -96,7 +95,7 @@ def _patched(
         for first in range(0, plan.n, samples.shared):
             progress(f"{length:,} tokens, a haystack")
             circle = samples.haystack(hay, length, first)
-            _, state = read(model, Context(circle, (), np.zeros(0, np.int64)), plan)
+            _, state = read(model, circle, plan)
             for task in (task for task in plan.questions if task.hay == hay):
                 for index in range(first, min(first + samples.shared, plan.n)):
                     progress(f"{task.name}, {length:,} tokens, question {index + 1}")

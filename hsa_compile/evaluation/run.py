@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,7 +30,6 @@ from hsa_compile.model.tasks.haystack import Context
 from hsa_compile.model.tasks.problem import Hay, Task
 
 Progress = Callable[[str, int], None]
-_NOTHING = np.zeros(0, np.int64)
 CHECK_TOLERANCE = 0.05  # of the largest logit: what rounding in half precision may do
 
 
@@ -114,7 +112,7 @@ class Evaluation:
                 self._patched(hay, tasks, lacking, length, ppl)
                 continue
             if ppl:
-                logits, state, _ = self._read(Context(self.samples.haystack("text", length), (), _NOTHING))
+                logits, state, _ = self._read(self.samples.haystack("text", length))
                 self._perplexity(length, logits, state)
             self._whole(tasks, lacking, length)
         self._whole([task for task in self.plan.questions if task.hay == "frequent"], lacking, length)
@@ -156,7 +154,7 @@ class Evaluation:
             self._in_time()
             self.progress(f"{length:,} tokens, reading a haystack", 0)
             circle = self.samples.haystack(hay, length, first)
-            logits, state, cost = self._read(Context(circle, (), _NOTHING))
+            logits, state, cost = self._read(circle)
             self.journal.write({"kind": "prefill", "prefill": "short", "hay": hay, "L": length, **cost.fields()})
             if ppl and not first:
                 self._perplexity(length, logits, state)

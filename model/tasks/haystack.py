@@ -9,6 +9,7 @@ it. Words that are drawn are kept as the smallest integers that hold them.
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -56,7 +57,29 @@ def codec(tokenizer: str | None) -> Codec:
     return Bytes() if tokenizer is None else Tokenizer(tokenizer)
 
 
-class Circle:
+class Text(ABC):
+    """L tokens that are made as they are asked for: like a tensor of token ids [1, L], whose parts are read."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """L."""
+
+    @abstractmethod
+    def read(self, first: int, end: int) -> Ids:
+        """Tokens ``first`` … ``end - 1``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[1, L]."""
+        return 1, len(self)
+
+    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
+        """``text[:, first:end]``, int64 [1, end - first]."""
+        first, end, _ = where[1].indices(len(self))
+        return torch.from_numpy(self.read(first, end))[None]
+
+
+class Circle(Text):
     """A text that starts again where it ends.
 
     Args:
@@ -74,7 +97,6 @@ class Circle:
         return self.length
 
     def read(self, first: int, end: int) -> Ids:
-        """Tokens ``first`` … ``end - 1``."""
         places = (self.offset + first) % len(self.tokens) + np.arange(end - first)
         if end - first and places[-1] < len(self.tokens):
             return self.tokens[places[0] : places[-1] + 1].astype(np.int64)
@@ -110,7 +132,7 @@ def other_words(codec: Codec, length: int, seed: int) -> Circle:
 
 
 @dataclass(frozen=True)
-class Context:
+class Context(Text):
     """A haystack with facts written over it, and a question at its end.
 
     Attributes:
@@ -125,24 +147,16 @@ class Context:
     answer: Ids
     needed: tuple[int, ...] = ()
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[1, L], as of a tensor of token ids."""
-        return 1, len(self.hay)
+    def __len__(self) -> int:
+        return len(self.hay)
 
     def read(self, first: int, end: int) -> Ids:
-        """Tokens ``first`` … ``end - 1``."""
         ids = self.hay.read(first, end)
         for place, tokens in self.edits:
             low, high = max(first, place), min(end, place + len(tokens))
             if low < high:
                 ids[low - first : high - first] = tokens[low - place : high - place]
         return ids
-
-    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
-        """``context[:, first:end]``, int64 [1, end - first]."""
-        first, end, _ = where[1].indices(len(self.hay))
-        return torch.from_numpy(self.read(first, end))[None]
 
     @property
     def changed(self) -> list[tuple[int, int]]:
