@@ -54,11 +54,12 @@ def select(
     chunk_size: int,
     top_k: int,
     visible_lag: int,
-    perturb: Callable[[Tensor, slice], Tensor] | None = None,
+    perturb: Callable[[Tensor, Tensor, slice], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The K best visible chunks, newest first; see ``hsa_compile.ops.chunk_select``.
 
-    ``perturb`` maps the scores [B, l, Hr, C] of a block of tokens to those that decide the selection.
+    ``perturb`` maps the scores [B, l, Hr, C] of a block of tokens, and which of them are visible, to those that decide
+    the selection and are returned.
     """
     B, L, Hr, Dr = q_r_BLHrDr.shape
     C = landmark_BCHrDr.shape[1]
@@ -72,8 +73,10 @@ def select(
         s = (q_r_BLHrDr[:, block].float().transpose(1, 2) @ landmark).transpose(1, 2) / math.sqrt(Dr)
         last = position_B.view(B, 1) + torch.arange(L, device=device)[block]
         visible = torch.minimum((last - visible_lag).div(chunk_size, rounding_mode="floor"), chunks_B.view(B, 1))
-        decisive = s if perturb is None else perturb(s, block)
-        order = _best(decisive, chunk < visible.view(B, -1, 1, 1), k)
+        seen = chunk < visible.view(B, -1, 1, 1)
+        if perturb is not None:
+            s = perturb(s, seen, block)
+        order = _best(s, seen, k)
         picked = torch.where(order >= 0, s.gather(-1, order.clamp(min=0)), 0.0)
         indices[:, block, :, :k] = order.to(torch.int32)
         scores[:, block, :, :k] = picked

@@ -1,6 +1,9 @@
-"""Selection with Gumbel noise, for training: noisy scores decide which chunks are selected, clean ones are returned.
+"""Selection with Gumbel noise on the scores, for training: noisy scores decide which chunks are selected, and how they
+are weighted.
 
-It explores: a chunk that scores a little below the K best is selected now and then, and so gets gradients.
+It asks for a margin. Among the few chunks of a training sample the right one wins by little, and once it does nothing
+asks for more; among half a million some other chunk then scores higher by chance. Against noise it has to win by a
+multiple of the noise. The noise is in units of the spread of a token's scores, so larger scores do not escape it.
 
 The noise is counter-based, a function of a seed and of (row, head, absolute token, chunk) alone: no tensor of it is
 kept, it is the same in whatever blocks the work is done, and a kernel can make it in place. There is none yet: the
@@ -46,17 +49,24 @@ def gumbel(seed: Tensor, token_BL: Tensor, heads: int, chunks: int) -> Tensor:
     return -torch.log(-torch.log((bits.float() + 0.5) * 2.0**-23))
 
 
+def spread(s_BLHC: Tensor, seen: Tensor) -> Tensor:
+    """Standard deviation [B, L, H, 1] of a token's scores over what is seen [B, L, 1, C]; 0 where nothing is."""
+    count = seen.sum(-1, keepdim=True).clamp(min=1)
+    mean = torch.where(seen, s_BLHC, 0.0).sum(-1, keepdim=True) / count
+    return (torch.where(seen, s_BLHC - mean, 0.0).square().sum(-1, keepdim=True) / count).sqrt()
+
+
 class _NoisySelect(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_r: Tensor, landmark: Tensor, position: Tensor, chunks: Tensor, seed: Tensor, noise: float,
-        sizes: tuple[int, int, int, int],
+        ctx: Any, q_r: Tensor, landmark: Tensor, position: Tensor, chunks: Tensor, seed: Tensor,
+        noise: float | Tensor, sizes: tuple[int, int, int, int],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         kv_heads, chunk_size, top_k, window = sizes
         token = position[:, None] + torch.arange(q_r.shape[1], device=q_r.device)
 
-        def perturb(s_BlHC: Tensor, block: slice) -> Tensor:
-            return s_BlHC + noise * gumbel(seed, token[:, block], *s_BlHC.shape[2:])
+        def perturb(s_BlHC: Tensor, seen: Tensor, block: slice) -> Tensor:
+            return s_BlHC + noise * spread(s_BlHC, seen) * gumbel(seed, token[:, block], *s_BlHC.shape[2:])
 
         lag = window - chunk_size if window else 0
         inputs = (q_r, landmark, position, chunks)
@@ -82,16 +92,18 @@ def noisy_chunk_select(
     top_k: int,
     window: int = 0,
     *,
-    noise: float,
+    noise: float | Tensor,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``ops.chunk_select`` by scores that have Gumbel noise added; the scores returned are without it.
+    """``ops.chunk_select`` by scores that have Gumbel noise added, and these scores. The noise is taken as given: the
+    gradients are those of scores without it.
 
     Args:
-        noise: scale of the noise.
-        seed: int64 scalar; by default drawn from PyTorch's generator, so that ``torch.manual_seed`` repeats it.
+        noise: its scale in standard deviations of a token's scores (``spread``); on their device, where it is a tensor.
+        seed: int64 scalar; by default drawn by the device's generator, so that ``torch.manual_seed`` repeats it and
+            CUDA graphs draw another one at each replay.
     """
     if seed is None:
-        seed = torch.randint(2**62, ())
+        seed = torch.randint(2**62, (), device=q_r.device)
     sizes = (kv_heads, chunk_size, top_k, window)
     return _NoisySelect.apply(q_r, landmark, position, chunks, seed.to(q_r.device), noise, sizes)

@@ -45,7 +45,8 @@ class ModelConfig:
         retrieval_dim: [Dr] width of one retrieval head.
         top_k: [K] chunks selected a token at inference.
         train_top_k: K while training; small, so that the model learns to reject chunks.
-        selection_noise: scale of Gumbel noise that is added to the scores while training, for the selection alone.
+        selection_noise: scale of Gumbel noise that is added to the scores while training, in standard deviations of a
+            token's scores: the right chunk must win by a margin, as it will have to among many more chunks.
         encoder: what a chunk's landmark is a linear function of, and what its keys and values come from.
             ``cls``: the encoder's output at a learned CLS vector, and its other outputs; ``mean``: the mean of the
             encoder's outputs, and these; ``none``: the mean of the hidden states, and the normed hidden states.

@@ -83,13 +83,17 @@ class HsaLayer(MemoryReader):
 
     Attributes:
         dense_escape: attend densely where the memory has at most K chunks; the same up to rounding.
+        noise: of the selection at present, ``config.selection_noise`` or on the way there; a scalar tensor may change
+            between replays of a CUDA graph.
     """
 
     dense_escape = False
+    noise: float | Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.noise = config.selection_noise
         self.norm = rms_norm(config.d_model)
         self.to_retrieval = nn.Linear(config.d_model, config.retrieval_heads * config.retrieval_dim, bias=False)
         self.to_q = nn.Linear(config.d_model, config.hsa_heads * config.hsa_head_dim, bias=False)
@@ -119,7 +123,7 @@ class HsaLayer(MemoryReader):
         leave = c.window if c.leave_window else 0
         sizes = (c.hsa_kv_heads, c.chunk_size, top_k, leave)
         if self.training and c.selection_noise:
-            return noisy_chunk_select(q_r, memory.landmark, position_B, chunks_B, *sizes, noise=c.selection_noise)
+            return noisy_chunk_select(q_r, memory.landmark, position_B, chunks_B, *sizes, noise=self.noise)
         return chunk_select(q_r, memory.landmark, position_B, chunks_B, *sizes)
 
     def weigh(self, indices_BLHK: Tensor, scores_BLHK: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The optimizer and its schedule."""
+"""The optimizer, and what changes over the steps."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def selection_noise(config: TrainConfig, step: int) -> float:
+    """Noise on the selection: none up to ``noise_from`` of the steps, all of it from ``noise_full`` of them on."""
+    done, start, full = step / config.steps, config.noise_from, config.noise_full
+    part = 1.0 if done >= full else max(0.0, done - start) / max(full - start, 1e-9)
+    return part * config.model.selection_noise
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -45,6 +45,8 @@ class TrainConfig:
             update waits for launches. Not with ``accumulate`` or several processes.
         dense_escape: attend densely, by PyTorch's own kernels, where a text has at most K chunks, so that every token
             selects all it sees anyway; the same up to rounding.
+        noise_from, noise_full: parts of the steps: up to the first there is no noise on the selection (the model's
+            ``selection_noise``), from the second on all of it. What is not learnt yet is learnt later with noise.
         lr, min_lr, warmup: peak and last learning rate of a cosine schedule, and steps up to the peak.
         weight_decay: of matrices; vectors and the embedding have none.
         clip: largest norm of the gradient.
@@ -83,6 +85,8 @@ class TrainConfig:
     recompute: bool = False
     graphs: bool = False
     dense_escape: bool = False
+    noise_from: float = 0.0
+    noise_full: float = 0.0
     lr: float = 4e-3
     min_lr: float = 2e-4
     warmup: int = 100
@@ -116,6 +120,10 @@ class TrainConfig:
         for name in ("lr", "clip", "answer_weight"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.noise_from <= self.noise_full <= 1:
+            raise ConfigError(
+                f"0 <= noise_from <= noise_full <= 1 must hold, got {self.noise_from} and {self.noise_full}"
+            )
         find_tasks(list(self.tasks))
         if not self.tasks or not all(isinstance(x, int | float) and 0 < x < math.inf for x in self.tasks.values()):
             raise ConfigError(f"tasks must name tasks, each with a share above 0, got {self.tasks!r}")

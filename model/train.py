@@ -27,7 +27,7 @@ from hsa_compile.model.gradients import GradientGraphs
 from hsa_compile.model.hsa import HsaLayer
 from hsa_compile.model.metrics import COUNTED, MetricsFile, matmul_rate, training_flops, watch_selections
 from hsa_compile.model.model import HsaModel, sequence_loss
-from hsa_compile.model.optimizer import learning_rate, make_optimizer
+from hsa_compile.model.optimizer import learning_rate, make_optimizer, selection_noise
 from hsa_compile.model.parallel import World, join_world, shard, whole_model
 from hsa_compile.model.plot import plot_losses
 from hsa_compile.model.recipe import TrainConfig
@@ -85,7 +85,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainResult:
     with join_world(config.device) as world:
         run = _Run(config, world, resume)
         started = time.perf_counter()
-        with _stop_signals(world) as signals, _progress_bar(config.progress and world.main) as bar:
+        with run.workers(), _stop_signals(world) as signals, _progress_bar(config.progress and world.main) as bar:
             task = bar.add_task("training", total=config.steps, completed=run.step, note="")
             while run.step < config.steps and not run.interrupted:
                 run.update(stop=bool(signals))
@@ -150,9 +150,10 @@ class _Run:
         if config.init is not None:
             self.model.load_state_dict(_weights(config.init, config.model))
         self.model.recompute = config.recompute
+        self.noise = torch.zeros((), device=world.device)
         for layer in self.model.modules():
             if isinstance(layer, HsaLayer):
-                layer.dense_escape = config.dense_escape
+                layer.dense_escape, layer.noise = config.dense_escape, self.noise
         shard(self.model, world)
         self.optimizer = make_optimizer(self.model, config)
         self.graphs = GradientGraphs(self.model, self._backward) if config.graphs else None
@@ -192,6 +193,14 @@ class _Run:
         self.step, saved = about["step"], about["about"]
         self.seconds, self.tokens, self.flops = saved["seconds"], saved["tokens"], saved["flops"]
 
+    @contextmanager
+    def workers(self) -> Iterator[None]:
+        """Ends the processes that draw batches: they are deaf to signals, and the interpreter would wait for them."""
+        try:
+            yield
+        finally:
+            self.batches = iter(())
+
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / max(self.seconds, 1e-9)
@@ -205,6 +214,7 @@ class _Run:
         c, started = self.config, time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(c, self.step)
+        self.noise.fill_(selection_noise(c, self.step))
         ids, targets, weights = next(self.batches)
         loss = self._gradients(ids, targets, weights)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)

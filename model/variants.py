@@ -18,7 +18,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "no bypass": {"bypass": False},
     "stick-breaking": {"weights": "stick-breaking"},
     "rank decay": {"rank_decay": True},
-    "selection noise": {"selection_noise": 1.0},
+    "selection noise": {"selection_noise": 0.7},
     "window left out": {"leave_window": True},
     "no QK norm": {"qk_norm": False},
     "off by one": {"off_by_one": True},

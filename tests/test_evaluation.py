@@ -114,17 +114,90 @@ class _Script(HsaModel):
 def test_answers_are_compared_token_by_token() -> None:
     model = _Script([5, 6, 7, 8, 9])
     first = torch.nn.functional.one_hot(torch.tensor([5, 5, 5]), 260).float()
-    wanted = [np.array(ids, np.int64) for ids in ([5, 6, 7], [5, 9, 7], [5])]
+    wanted = [[np.array(ids, np.int64)] for ids in ([5, 6, 7], [5, 9, 7], [5])]
     good, bad, short = answer(model, first, 0, wanted)  # type: ignore[arg-type]
     assert answer(model, first, 0, wanted, decode=False) == [good, bad, short]  # type: ignore[arg-type]
     assert (good.correct, good.forced, good.matched, good.got) == (True, True, 1.0, [5, 6, 7])
     assert (bad.correct, bad.forced, bad.got) == (False, False, [5, 6])
     assert bad.matched == pytest.approx(2 / 3)
     assert (short.correct, short.got) == (True, [5])
-    wanted = [np.array([1, 6], np.int64)]
+    wanted = [[np.array([1, 6], np.int64)]]
     (wrong,) = answer(model, first[:1], 0, wanted)  # type: ignore[arg-type]
     assert answer(model, first[:1], 0, wanted, decode=False) == [wrong]  # type: ignore[arg-type]
     assert (wrong.correct, wrong.forced, wrong.matched, wrong.got) == (False, False, 0.5, [5])
+
+
+def _parts(*parts: list[int]) -> list[np.ndarray]:
+    return [np.array(part, np.int64) for part in parts]
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(
+    ("wanted", "correct", "forced", "matched"),
+    [
+        (_parts([5, 6], [7], [8, 9]), True, True, 1.0),
+        (_parts([7], [8, 9], [5, 6]), True, False, 1.0),
+        (_parts([5, 6], [8, 9], [4]), False, False, 2 / 3),  # one is missing, another token in its place
+        (_parts([7], [6]), False, False, 0.5),  # what would come after as many tokens as there are does not count
+        (_parts([1, 2], [3]), False, False, 0.0),
+    ],
+)  # fmt: skip
+def test_parts_of_an_answer_are_right_in_any_order(
+    wanted: Any, correct: bool, forced: bool, matched: float, decode: bool
+) -> None:
+    model = _Script([5, 6, 7, 8, 9])
+    first = torch.nn.functional.one_hot(torch.tensor([5]), 260).float()
+    (got,) = answer(model, first, 0, [wanted], decode)  # type: ignore[arg-type]
+    assert (got.correct, got.forced) == (correct, forced)
+    assert got.matched == pytest.approx(matched)
+    assert got.got == [5, 6, 7, 8, 9][: sum(map(len, wanted))]
+
+
+def test_a_part_that_comes_twice_counts_once() -> None:
+    first = torch.nn.functional.one_hot(torch.tensor([5]), 260).float()
+    (got,) = answer(_Script([5, 6, 5, 6]), first, 0, [_parts([5, 6], [7, 8])])  # type: ignore[arg-type]
+    assert (got.correct, got.matched) == (False, 0.5)
+
+
+class _Own(HsaModel):
+    """Continues as its own tokens say: after x comes x + 1, after 9 comes 1. Says which tokens it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(SMALL)
+        self.given: list[list[list[int]]] = []
+
+    def step(self, ids: torch.Tensor, state: Any, lengths: Any = None, last: bool = False) -> Any:
+        self.given.append(ids.tolist())
+        return torch.nn.functional.one_hot(ids % 9 + 1, 260).float(), state
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_some_answers_of_a_batch_are_sets(decode: bool) -> None:
+    model = _Own()
+    first = torch.nn.functional.one_hot(torch.tensor([3, 8, 4, 7]), 260).float()
+    wanted = [_parts([3, 4]), _parts([1, 2], [8, 9]), _parts([1, 5, 6]), _parts([9, 1, 2], [7, 8])]
+    exact, permuted, wrong, whole = answer(model, first, None, wanted, decode)  # type: ignore[arg-type]
+    assert (exact.correct, exact.forced, exact.got) == (True, True, [3, 4])
+    assert (permuted.correct, permuted.forced, permuted.matched, permuted.got) == (True, False, 1.0, [8, 9, 1, 2])
+    assert (wrong.correct, wrong.got) == (False, [4])
+    assert wrong.matched == pytest.approx(1 / 3)
+    assert (whole.correct, whole.got) == (True, [7, 8, 9, 1, 2])
+    # One teacher-forced step, then the set's tokens one by one, of the model's own choice.
+    assert [len(rows[0]) for rows in model.given] == [4, 1, 1, 1, 1]
+    assert [rows[1] for rows in model.given[1:]] == [[8], [9], [1], [2]]
+
+
+def test_sets_are_decoded_whatever_is_read_off(tmp_path: Path) -> None:
+    plan = Plan(("mv", "s-n", "fwe"), (900,), n=3, segment=256, batch_tokens=1800)
+    whole = _answers(_evaluate(tmp_path / "all.jsonl", plan))
+    read = _answers(_evaluate(tmp_path / "read.jsonl", dataclasses.replace(plan, decoded=0)))
+    assert read == whole
+    sizes = {(task, len(got[4]) == len(got[5])) for (task, *_), got in whole.items()}
+    assert {("mv", True), ("fwe", True)} <= sizes
+    assert not {("mv", False), ("fwe", False)} & sizes
+    path = tmp_path / "cut.jsonl"
+    _evaluate(path, dataclasses.replace(plan, n=2, decoded=1))
+    assert _answers(_evaluate(path, dataclasses.replace(plan, decoded=0))) == whole
 
 
 def test_perplexity_after_a_context_is_that_of_the_joined_text() -> None:
@@ -157,6 +230,10 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert json.loads(path.read_text().splitlines()[0])["of"] == "test"
     with pytest.raises(EvaluationError, match="is of another evaluation \\(other: of\\); give another output"):
         Journal(path, {"of": "another"})
+    head, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps(json.loads(head) | {"version": 1}) + "\n" + rest)
+    with pytest.raises(EvaluationError, match="another version, which scored answers otherwise; give another output"):
+        Journal(path, {"of": "test"})
     path.write_text("{broken\n" + path.read_text())
     with pytest.raises(EvaluationError, match="damaged at line 1"):
         Journal(path, {"of": "test"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,11 @@ def test_training_is_the_same_to_the_bit(tmp_path: Path) -> None:
     assert graphs.losses == plain.losses
     for name, value in plain.model.state_dict().items():
         assert torch.equal(graphs.model.state_dict()[name], value), name
+
+
+def test_processes_that_draw_batches_end_with_training(tmp_path: Path) -> None:
+    train(dataclasses.replace(small_recipe(tmp_path), graphs=True, workers=2))
+    assert not multiprocessing.active_children()
 
 
 class Branching(nn.Module):

@@ -62,6 +62,9 @@ def test_needles_are_what_is_answered(name: str, seed: int) -> None:
         if name == "mq":
             want = [f"{key} is {number}" for key, number in zip(asked, want)]
         assert ask.answer.decode() == " " + (", " if name == "mq" else " ").join(want)
+        assert ask.unordered == (name == "mv")
+        assert len(ask.parts) == (3 if name == "mv" else 1)
+        assert b"".join(ask.parts) == ask.answer
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -253,7 +256,26 @@ def test_samples_of_words_ask_at_their_end(name: str) -> None:
     assert list(sample.weights) == [0.0] * (1000 - len(answer)) + [5.0] * len(answer)
     if name == "fwe":
         counted = [word for word, _ in Counter(text[: -len(answer) - 30].split()).most_common(3)]
-        assert answer.split() == counted
+        assert set(answer.split()) == set(counted)
+
+
+@pytest.mark.parametrize("name", ["mv", "cwe", "fwe"])
+def test_sets_are_taught_in_any_order_and_asked_for_in_the_texts(name: str) -> None:
+    weaver, places = Weaver(Bytes(), TEXT, ((TASKS[name], 1.0),), 0.6, 5.0), set()
+    for seed in range(30):
+        sample = weaver.draw(random.Random(seed), 1000, 1)
+        ids, weights = np.asarray(sample.ids, np.uint8), np.concatenate(([1.0], sample.weights))
+        answer = bytes(ids[weights == 5.0]).split()[:3]
+        rest = bytes(ids[weights != 5.0])
+        assert len(set(answer)) == 3
+        ranks = {word: -rest.count(word) if name == "fwe" else rest.index(word) for word in answer}
+        order = sorted(answer, key=ranks.__getitem__)
+        places.add(tuple(order.index(part) for part in answer))
+    assert len(places) == 6
+    problem = TASKS[name].make(random.Random(0), 1, 1000)
+    context = hide(random.Random(1), Bytes(), other_words(Bytes(), 2000, 1), problem, problem.asks[0])
+    assert [bytes(part.astype(np.uint8)) for part in context.parts] == list(problem.asks[0].parts)
+    assert bytes(context.answer.astype(np.uint8)) == problem.asks[0].answer
 
 
 @pytest.mark.parametrize("seed", range(5))

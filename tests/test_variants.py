@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -90,29 +91,45 @@ def test_gumbel_noise_has_its_distribution_and_depends_on_its_counter_alone() ->
     assert abs(neighbours) < 0.02
 
 
-def test_noise_decides_the_selection_and_leaves_scores_and_gradients_clean() -> None:
+def test_noise_decides_selection_and_scores_and_leaves_gradients_clean() -> None:
     problem = with_change(retrieval_heads=2).problems()[0]
     q_r, landmark, position, chunks = select_inputs(problem, 2, 9, 12)
     landmark = landmark.nan_to_num().requires_grad_()
     q_r.requires_grad_()
     sizes, seed = (2, 4, 3, 0), torch.tensor(5)
-    indices, scores = noisy_chunk_select(q_r, landmark, position, chunks, *sizes, noise=1.0, seed=seed)
+    indices, scores = noisy_chunk_select(q_r, landmark, position, chunks, *sizes, noise=0.5, seed=seed)
     every = torch.einsum("blhd,bchd->blhc", q_r, landmark) / math.sqrt(8)
     token = position[:, None] + torch.arange(9)
     visible = torch.arange(12) < torch.minimum(token // 4, chunks[:, None])[:, :, None, None]
-    noisy = (every + gumbel(seed, token, 2, 12)).masked_fill(~visible, -torch.inf)
-    best = noisy.topk(3).indices.masked_fill(noisy.topk(3).values == -torch.inf, -1).sort(-1, descending=True).values
+    spread = torch.zeros(2, 9, 2, 1)
+    for b, t, h in itertools.product(range(2), range(9), range(2)):
+        if visible[b, t].any():
+            spread[b, t, h] = every[b, t, h, visible[b, t, 0]].detach().std(correction=0)
+    noisy = every + 0.5 * spread * gumbel(seed, token, 2, 12)
+    top = noisy.masked_fill(~visible, -torch.inf).topk(3)
+    best = top.indices.masked_fill(top.values == -torch.inf, -1).sort(-1, descending=True).values
     assert torch.equal(indices.long(), best)
-    clean = torch.where(best >= 0, every.gather(-1, best.clamp(min=0)), 0.0)
-    torch.testing.assert_close(scores, clean)
+    want = torch.where(best >= 0, noisy.gather(-1, best.clamp(min=0)), 0.0)
+    torch.testing.assert_close(scores, want)
     grad = torch.randn_like(scores)
-    want = torch.autograd.grad(clean, (q_r, landmark), grad)
-    torch.testing.assert_close(torch.autograd.grad(scores, (q_r, landmark), grad), want)
+    clean = torch.where(best >= 0, every.gather(-1, best.clamp(min=0)), 0.0)
+    wanted = torch.autograd.grad(clean, (q_r, landmark), grad)
+    torch.testing.assert_close(torch.autograd.grad(scores, (q_r, landmark), grad), wanted)
 
     inputs = (q_r.detach(), landmark.detach(), position, chunks)
-    silent, plain = noisy_chunk_select(*inputs, *sizes, noise=0.0), chunk_select(*inputs, *sizes)
+    silent, plain = noisy_chunk_select(*inputs, *sizes, noise=torch.zeros(())), chunk_select(*inputs, *sizes)
     assert torch.equal(silent[0], plain[0])
     assert torch.equal(silent[1], select(*inputs, 2, 4, 3, 0)[1])
+
+
+def test_larger_scores_do_not_escape_the_noise() -> None:
+    q_r, landmark, position, chunks = select_inputs(with_change(retrieval_heads=2).problems()[0], 2, 9, 12)
+    sizes, seed = (2, 4, 3, 0), torch.tensor(5)
+    found = [
+        noisy_chunk_select(scale * q_r, landmark, position, chunks, *sizes, noise=2.0, seed=seed) for scale in (1, 64)
+    ]
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(64 * found[0][1], found[1][1])
 
 
 def test_noise_is_for_training_alone_and_repeats_with_the_seed() -> None:

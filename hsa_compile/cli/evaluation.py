@@ -37,7 +37,7 @@ def evaluate(
     offload: Annotated[bool, typer.Option("--offload", help="Keep the chunk memory in the host's.")] = False,
     check: Annotated[int, typer.Option(help="Patched questions a task and length to ask after a full prefill.")] = 0,
     decoded: Annotated[
-        int | None, typer.Option(help="Questions a task and length decoded token by token, others in one go. All.")
+        int | None, typer.Option(help="Questions a task and length decoded token by token, as sets always are. All.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="Begin nothing after so many; the same command goes on. 0: all.")] = 0,
     variant: Annotated[str, typer.Option(help="What the model is called in the results.")] = "hsa",
@@ -47,8 +47,8 @@ def evaluate(
     """Ask a model for facts hidden in texts of any length, and measure its perplexity after them.
 
     RULER-style tasks (s-n, mk, mq, mv, vt, cwe, fwe), BABILong-style ones (qa1 … qa5) and perplexity (ppl); exact match
-    by greedy decoding. Writes samples.jsonl, which the same command goes on from after Ctrl-C, length.jsonl,
-    accuracy.png and depth.png.
+    by greedy decoding, of the sets that mv, cwe and fwe ask for in any order. Writes samples.jsonl, which the same
+    command goes on from after Ctrl-C, length.jsonl, accuracy.png and depth.png.
     """
     with friendly():
         from hsa_compile.evaluation.journal import Journal

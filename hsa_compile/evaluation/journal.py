@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-FORMAT, VERSION = "hsa-compile evaluation", 1
+FORMAT = "hsa-compile evaluation"
+VERSION = 2  # goes up where the same answer is scored otherwise: 1 wanted sets (MV, CWE, FWE) in the text's order
 
 
 class EvaluationError(ValueError):
@@ -32,10 +33,10 @@ class Journal:
         found = self._read() if path.exists() else []
         if found and found[0] != head:
             differing = [key for key in {*head, *found[0]} if head.get(key) != found[0].get(key)]
-            raise EvaluationError(
-                f"{path} is of another evaluation (other: {', '.join(sorted(differing))}); give another output, or "
-                "remove it to start again"
-            )
+            what = f"is of another evaluation (other: {', '.join(sorted(differing))})"
+            if differing == ["version"]:
+                what = "was written by another version, which scored answers otherwise"
+            raise EvaluationError(f"{path} {what}; give another output, or remove it to start again")
         self.lines = found[1:]
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in [head, *self.lines]), encoding="utf-8")

@@ -30,7 +30,7 @@ class Plan:
         check: questions a task and length that are asked again of a context read whole by a full prefill, where they
             were patched.
         decoded: questions a task and length that are decoded a token at a time; of the others the greedy tokens are
-            read off the teacher-forced ones (``answers.answer``). None decodes all.
+            read off the teacher-forced ones (``answers.answer``), but where any order is right. None decodes all.
         seconds: what is not begun by then is left for another run of the same command; 0 is no limit.
 
     Raises:

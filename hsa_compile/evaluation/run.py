@@ -134,7 +134,7 @@ class Evaluation:
                     contexts = [self.samples.draw(task, length, i) for i in indices]
                     logits, state, cost = self._read(_Rows(contexts))
                     decode = any(map(self.plan.decodes, indices))
-                    found = answer(self.model, logits, state, [context.answer for context in contexts], decode)
+                    found = answer(self.model, logits, state, [context.parts for context in contexts], decode)
                     for i, context, got in zip(indices, contexts, found):
                         self._write(task, length, i, context, got, cost.fields(len(indices)))
 
@@ -166,7 +166,7 @@ class Evaluation:
     def _ask_patched(self, task: Task, length: int, index: int, context: Context, state: State, cost: Cost) -> None:
         began = time.perf_counter()
         with patched(self.model, context, state, context.changed, self.plan.segment) as (logits, now):
-            (got,) = answer(self.model, logits, now, [context.answer], self.plan.decodes(index))
+            (got,) = answer(self.model, logits, now, [context.parts], self.plan.decodes(index))
         extra: dict[str, Any] = {"patch_s": round(time.perf_counter() - began, 4)}
         if index < self.plan.check:
             extra |= self._check(context, logits, got)
@@ -176,7 +176,7 @@ class Evaluation:
         """The same question after a full prefill of the same context."""
         with self._cost() as costs:
             want, state = prefill(self.model, context, self.plan.segment, offload=self.plan.offload)
-        (again,) = answer(self.model, want, state, [context.answer])
+        (again,) = answer(self.model, want, state, [context.parts])
         error = float((logits.float() - want.float()).abs().max() / want.float().abs().max())
         cost = {f"full_{name}": value for name, value in costs[0].fields().items()}
         return {"check_error": error, "check_same": again == got, "check_ok": error < CHECK_TOLERANCE, **cost}

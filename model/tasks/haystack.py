@@ -138,17 +138,22 @@ class Context(Text):
     Attributes:
         hay: what lies below; its length is that of the context.
         edits: (place, tokens) of what was written over it, in order, the question last.
-        answer: token ids that are to come next.
+        parts: token ids that are to come next. Where they are several, any order of them is right.
         needed: which of the edits are the facts that the answer needs, in order.
     """
 
     hay: Circle
     edits: tuple[tuple[int, Ids], ...]
-    answer: Ids
+    parts: tuple[Ids, ...]
     needed: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.hay)
+
+    @property
+    def answer(self) -> Ids:
+        """The parts in their order."""
+        return np.concatenate(self.parts)
 
     def read(self, first: int, end: int) -> Ids:
         ids = self.hay.read(first, end)
@@ -178,7 +183,7 @@ def hide(rng: random.Random, codec: Codec, hay: Circle, problem: Problem, ask: A
     Raises:
         ConfigError: they do not fit.
     """
-    query, answer = codec.encode(ask.query).astype(np.int64), codec.encode(ask.answer).astype(np.int64)
+    query, *parts = (codec.encode(text).astype(np.int64) for text in (ask.query, *ask.parts))
     facts = [codec.encode(fact).astype(np.int64) for fact in problem.facts]
     free = len(hay) - len(query) - sum(map(len, facts))
     if free < 1:
@@ -186,7 +191,7 @@ def hide(rng: random.Random, codec: Codec, hay: Circle, problem: Problem, ask: A
     ends = codec.encode(after)
     starts = list(_places(rng, hay, facts, free, int(ends[0]) if len(ends) == 1 else -1))
     edits = [*zip(starts, facts), (len(hay) - len(query), query)]
-    return Context(hay, tuple(edits), answer, ask.facts)
+    return Context(hay, tuple(edits), tuple(parts), ask.facts)
 
 
 def _places(rng: random.Random, hay: Circle, facts: Sequence[Ids], free: int, after: int) -> Iterator[int]:

@@ -16,13 +16,20 @@ class Ask:
 
     Args:
         query: the text's last bytes; the answer comes right after them.
-        answer: what is to be continued with, exactly.
+        answer: what is to be continued with.
         facts: which of the problem's facts are needed, in order; none where the text itself is asked about.
+        unordered: the answer's words are right in any order: the text's, if there is one, is not to be told from facts.
     """
 
     query: bytes
     answer: bytes
     facts: tuple[int, ...] = ()
+    unordered: bool = False
+
+    @property
+    def parts(self) -> tuple[bytes, ...]:
+        """The answer, or its words with the space before each, of which any order is right."""
+        return tuple(b" " + word for word in self.answer.split()) if self.unordered else (self.answer,)
 
 
 @dataclass(frozen=True)

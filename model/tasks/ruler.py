@@ -3,7 +3,8 @@
 S-N: one needle. MK: one of six is asked for. MQ: two of six. MV: three needles of one key, among three others. VT: two
 chains of three assignments, of which one chain's names are asked for. CWE: three words that come thirty times among
 others that come about three times. FWE: the three most frequent of words whose frequencies fall as 1/rank². ``niah`` is
-S-N in the words of lm-evaluation-harness, for training.
+S-N in the words of lm-evaluation-harness, for training. What MV, CWE and FWE ask for is a set: RULER counts which of
+its members the answer contains, and takes no notice of their order.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _multi_value(rng: random.Random, asks: int, room: int) -> Problem:
     others = iter(keys[1:])
     written = tuple(_needle(keys[0] if i in mine else next(others), numbers[i]) for i in range(NEEDLES))
     answer = "".join(f" {numbers[i]}" for i in mine).encode()
-    asked = Ask(f"\nThe numbers of {keys[0]} are".encode(), answer, tuple(mine))
+    asked = Ask(f"\nThe numbers of {keys[0]} are".encode(), answer, tuple(mine), unordered=True)
     return Problem(written, (asked,), names=tuple(keys))
 
 
@@ -97,13 +98,14 @@ def _common_words(rng: random.Random, asks: int, room: int) -> Problem:
     ranked = sorted(words, key=order.index)
     answer = "".join(f" {word}" for word in ranked).encode()
     facts = tuple(f" {word} ".encode() for word in order)
-    return Problem(facts, (Ask(b"\nThe most common words are", answer, tuple(range(len(facts)))),))
+    ask = Ask(b"\nThe most common words are", answer, tuple(range(len(facts))), unordered=True)
+    return Problem(facts, (ask,))
 
 
 def _frequent_words(rng: random.Random, asks: int, room: int) -> Problem:
     words = tuple(distinct(lambda: invented_word(rng), WORDS))
     answer = "".join(f" {word}" for word in words[:RANKED]).encode()
-    return Problem((), (Ask(b"\nThe most frequent words are", answer),), words)
+    return Problem((), (Ask(b"\nThe most frequent words are", answer, unordered=True),), words)
 
 
 def _niah(rng: random.Random, asks: int, room: int) -> Problem:

@@ -14,7 +14,7 @@ from hsa_compile.model.data import DataError, Sample, excerpt
 from hsa_compile.model.shards import Tokens
 from hsa_compile.model.tasks.haystack import Codec, frequent_words, hide, other_words
 from hsa_compile.model.tasks.pairs import KEYS, PAIR_BYTES, QUERY_BYTES, VALUE_DIGITS, value
-from hsa_compile.model.tasks.problem import WORDS, Problem, Task, digits
+from hsa_compile.model.tasks.problem import WORDS, Ask, Problem, Task, digits
 
 ASKS = 6  # questions about one problem's facts, at most
 STATED_DIGITS = 7
@@ -90,7 +90,7 @@ class Weaver:
         """A text of words, all of it, and one question at its end."""
         problem = task.make(rng, 1, length)
         ask, seed = problem.asks[0], rng.getrandbits(32)
-        answer = self._encode(ask.answer)
+        answer = self._answer(rng, ask)
         room = length + 1 - len(answer)
         if problem.words:
             words = frequent_words(self.codec, problem, room, seed)
@@ -112,7 +112,7 @@ class Weaver:
             problem = candidate.make(rng, asks, length)
             if not used.isdisjoint(names := (*problem.names, *filter(None, [candidate.world]))):
                 continue
-            pieces = self._pieces(problem)
+            pieces = self._pieces(rng, problem)
             if (size := sum(len(piece.ids) for piece in pieces)) <= left:
                 left -= size
                 inserts += zip(sorted(rng.random() for _ in pieces), pieces)
@@ -137,11 +137,11 @@ class Weaver:
         for other, _ in self._in_text * 4:
             yield other, 1
 
-    def _pieces(self, problem: Problem) -> list[_Piece]:
+    def _pieces(self, rng: random.Random, problem: Problem) -> list[_Piece]:
         """What is written, in order."""
         pieces = [_Piece(self._encode(fact), 0, 0) for fact in problem.facts]
         for ask in problem.asks:
-            query, answer = self._encode(ask.query), self._encode(ask.answer)
+            query, answer = self._encode(ask.query), self._answer(rng, ask)
             ids = np.concatenate((query, answer, self._encode(b"\n")))
             pieces.append(_Piece(ids, len(query), len(query) + len(answer)))
         return pieces
@@ -160,6 +160,11 @@ class Weaver:
             weights[first + piece.begin : first + piece.end] = self.answer_weight
             last, written = cut, written + len(piece.ids)
         return Sample(np.concatenate([*ids, text[last:]]).tolist(), weights[1:].tolist())
+
+    def _answer(self, rng: random.Random, ask: Ask) -> NDArray[np.int64]:
+        """One of the right answers: no order is taught where none counts."""
+        parts = [self._encode(part) for part in ask.parts]
+        return np.concatenate(parts if len(parts) == 1 else rng.sample(parts, len(parts)))
 
     def _encode(self, text: bytes) -> NDArray[np.int64]:
         return self.codec.encode(text).astype(np.int64)
