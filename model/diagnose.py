@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from hsa_compile.model.encoder import Memory
 from hsa_compile.model.hsa import HsaLayer
 from hsa_compile.model.model import HsaModel
 from hsa_compile.model.prefill import SEGMENT, prefill
+
+Found = TypeVar("Found")
 
 QUERIES = 256
 # Over two chunks every correlation is 1 or -1.
@@ -87,18 +90,53 @@ def diagnose(
     chosen = sorted(random.Random(seed).sample(range(len(text)), min(queries, len(text))))
     was_training = model.training
     model.eval()
-    with _watched(model, chosen) as parts:
+    with watched(model, chosen, _measure) as parts:
         prefill(model, text[None], segment)
     model.train(was_training)
-    names = Measured.__dataclass_fields__
-    return [Measured(**{name: torch.cat([getattr(p, name) for p in layer]) for name in names}) for layer in parts]
+    return [joined(layer) for layer in parts]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What the retrieval of an HSA layer does at n tokens.
+
+    Attributes:
+        position: int64 [n], the tokens' places in the text.
+        visible: int64 [n], chunks that each may select.
+        seen: bool [n, 1, C], the same as a mask.
+        score: fp64 [n, Hr, C], ``q_r · landmark / sqrt(Dr)``; those of chunks that are not visible mean nothing.
+        mass: fp64 [n, Hq, C], ``log Z``, likewise.
+        indices: int64 [n, Hkv, K], the selected chunks; -1 in empty slots.
+        weights: fp64 [n, Hkv, K], theirs.
+    """
+
+    position: Tensor
+    visible: Tensor
+    seen: Tensor
+    score: Tensor
+    mass: Tensor
+    indices: Tensor
+    weights: Tensor
+
+    def head_score(self) -> Tensor:
+        """``score`` of each query head, fp64 [n, Hq, C]."""
+        return self.score.repeat_interleave(self.mass.shape[1] // self.score.shape[1], dim=1)
+
+
+def joined(parts: Sequence[Found]) -> Found:
+    """Measurements of some tokens after the other as one: dataclasses of tensors that have the tokens first."""
+    kind = type(parts[0])
+    names = kind.__dataclass_fields__  # type: ignore[attr-defined]
+    return kind(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 @contextmanager
-def _watched(model: HsaModel, chosen: Sequence[int]) -> Iterator[list[list[Measured]]]:
-    """Measures every HSA layer at the chosen tokens as they pass by; gives the parts, a list a layer."""
+def watched(
+    model: HsaModel, chosen: Sequence[int], measure: Callable[[ModelConfig, Retrieval], Found]
+) -> Iterator[list[list[Found]]]:
+    """Measures every HSA layer at the chosen tokens of one text as they pass by; gives the parts, a list a layer."""
 
-    def watch(layer: HsaLayer, found: list[Measured]) -> RemovableHandle:
+    def watch(layer: HsaLayer, found: list[Found]) -> RemovableHandle:
         def look(_: nn.Module, inputs: tuple[Tensor, Memory, Tensor, Tensor]) -> None:
             x, memory, position, chunks = inputs
             first = int(position)
@@ -106,12 +144,12 @@ def _watched(model: HsaModel, chosen: Sequence[int]) -> Iterator[list[list[Measu
             step = max(1, BLOCK_ELEMENTS // (layer.config.hsa_heads * max(1, int(chunks))))
             for i in range(0, len(here), step):
                 at = torch.tensor(here[i : i + step], device=x.device)
-                found.append(_measure(layer, x[0, at - first], memory, at, chunks))
+                found.append(measure(layer.config, retrieval(layer, x[0, at - first], memory, at, chunks)))
 
         return layer.register_forward_pre_hook(look)
 
     layers = [module for module in model.modules() if isinstance(module, HsaLayer)]
-    parts: list[list[Measured]] = [[] for _ in layers]
+    parts: list[list[Found]] = [[] for _ in layers]
     hooks = [watch(layer, found) for layer, found in zip(layers, parts)]
     try:
         yield parts
@@ -120,30 +158,37 @@ def _watched(model: HsaModel, chosen: Sequence[int]) -> Iterator[list[list[Measu
             hook.remove()
 
 
-def _measure(layer: HsaLayer, x_nd: Tensor, memory: Memory, at_n: Tensor, chunks: Tensor) -> Measured:
-    """Measures at tokens ``at_n`` of the text, whose stream below the layer is ``x_nd``."""
+def retrieval(layer: HsaLayer, x_nd: Tensor, memory: Memory, at_n: Tensor, chunks: Tensor) -> Retrieval:
+    """What the layer selects, and from what, at tokens ``at_n`` of the text, whose stream below it is ``x_nd``."""
     c = layer.config
     x = layer.norm(x_nd)[:, None]
     # Token by token, as in decoding: they are anywhere in the text.
     selected = [layer.select(x[i : i + 1], memory, at_n[i : i + 1], chunks, c.top_k) for i in range(len(at_n))]
     indices, scores = (torch.cat(parts)[:, 0] for parts in zip(*selected))  # [n, Hkv, K]
-    weights = layer.weigh(indices[:, None], scores[:, None])[:, 0].double()
     visible = visible_chunks(c, at_n).clamp(max=int(chunks))
     C = int(visible.max())
-    mass = chunk_mass(layer.queries(x)[:, 0], memory.k[0, : C * c.chunk_size], c.chunk_size)
-    score = landmark_scores(layer.retrieval_queries(x)[:, 0], memory.landmark[0, :C])
-    score = score.repeat_interleave(c.hsa_heads // c.retrieval_heads, dim=1)
-    seen = (torch.arange(C, device=x.device) < visible[:, None])[:, None]  # [n, 1, C]
-    chosen = indices.long().repeat_interleave(c.hsa_heads // c.hsa_kv_heads, dim=1)
-    filled = indices >= 0
-    entropy = torch.special.entr(weights).sum(-1)
-    return Measured(
+    return Retrieval(
         position=at_n,
         visible=visible,
-        pearson=correlation(score, mass, seen),
-        spearman=correlation(ranks(score, seen), ranks(mass, seen), seen),
-        recall=recall_of_best(mass, chosen, visible, c.top_k),
-        mass=mass_share(mass, chosen, seen),
+        seen=(torch.arange(C, device=x.device) < visible[:, None])[:, None],
+        score=landmark_scores(layer.retrieval_queries(x)[:, 0], memory.landmark[0, :C]),
+        mass=chunk_mass(layer.queries(x)[:, 0], memory.k[0, : C * c.chunk_size], c.chunk_size),
+        indices=indices.long(),
+        weights=layer.weigh(indices[:, None], scores[:, None])[:, 0].double(),
+    )
+
+
+def _measure(c: ModelConfig, found: Retrieval) -> Measured:
+    chosen = found.indices.repeat_interleave(c.hsa_heads // c.hsa_kv_heads, dim=1)
+    filled, score = found.indices >= 0, found.head_score()
+    entropy = torch.special.entr(found.weights).sum(-1)
+    return Measured(
+        position=found.position,
+        visible=found.visible,
+        pearson=correlation(score, found.mass, found.seen),
+        spearman=correlation(ranks(score, found.seen), ranks(found.mass, found.seen), found.seen),
+        recall=recall_of_best(found.mass, chosen, found.visible, c.top_k),
+        mass=mass_share(found.mass, chosen, found.seen),
         entropy=entropy.masked_fill(~filled.any(-1), torch.nan),
         empty=(~filled).double().mean(-1),
     )
@@ -170,8 +215,10 @@ def chunk_mass(q_nHD: Tensor, k_THD: Tensor, chunk_size: int) -> Tensor:
 
 def landmark_scores(q_r_nHD: Tensor, landmark_CHD: Tensor) -> Tensor:
     """Scores ``q_r · landmark / sqrt(Dr)`` of all chunks, fp64 [n, Hr, C], in fp32 products."""
-    s = torch.einsum("nhd,chd->nhc", q_r_nHD.float(), landmark_CHD.float())
-    return (s / math.sqrt(q_r_nHD.shape[-1])).double()
+    n, Hr, Dr = q_r_nHD.shape
+    block = max(1, BLOCK_ELEMENTS // (Hr * max(n, Dr)))
+    parts = [torch.einsum("nhd,chd->nhc", q_r_nHD.float(), x.float()) for x in landmark_CHD.split(block)]
+    return (torch.cat(parts, dim=-1) / math.sqrt(Dr)).double()
 
 
 def ranks(x: Tensor, seen: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,15 +144,15 @@ class Largest(TorchDispatchMode):
 
 def test_measuring_takes_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    measure = module._measure
 
-    def watched(*args: Any) -> Measured:
+    def counted(measure: Callable[..., Any], *args: Any) -> Any:
         with Largest() as largest:
             found = measure(*args)
         seen.append(largest.elements)
         return found
 
-    monkeypatch.setattr(module, "_measure", watched)
+    for name in ("retrieval", "_measure"):
+        monkeypatch.setattr(module, name, partial(counted, getattr(module, name)))
     monkeypatch.setattr(module, "BLOCK_ELEMENTS", 4096)
     diagnose(lively(HsaModel(WIDE)), text(1500), queries=100)
     one_head_of_one_layer_at_once = 100 * 1500

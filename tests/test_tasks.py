@@ -41,7 +41,9 @@ def test_problems_are_a_function_of_the_seed(name: str) -> None:
     assert a == b != c
     assert 1 <= len(a.asks) <= 3
     assert len({ask.query for ask in a.asks}) == (1 if len(a.facts) == 1 else len(a.asks))
-    assert all(ask.answer and ask.query and (not a.facts or ask.fact < len(a.facts)) for ask in a.asks)
+    assert all(ask.answer and ask.query for ask in a.asks)
+    assert all(list(ask.facts) == sorted({*ask.facts} & {*range(len(a.facts))}) for ask in a.asks)
+    assert all(bool(ask.facts) == bool(a.facts) for ask in a.asks)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -162,6 +164,18 @@ def test_a_problem_has_the_questions_for_which_there_is_room() -> None:
     assert asked.count(2) > asked.count(1)
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "fwe"])
+def test_facts_that_are_needed_hold_the_answer(name: str, seed: int) -> None:
+    _, problem = _problem(name, seed)
+    for ask in problem.asks:
+        told = b"".join(problem.facts[i] for i in ask.facts)
+        assert all(word in told for word in re.findall(rb"\w+", ask.answer))
+        if name == "qa2":
+            assert all(word in told for word in re.findall(rb"the (\w+)", ask.query))
+    assert {ask.facts for ask in problem.asks} != {tuple(range(len(problem.facts)))} or name in ("s-n", "cwe", "niah")
+
+
 def test_common_words_are_the_most_common_of_their_text() -> None:
     task, hay = TASKS["cwe"], other_words(Bytes(), 4096, 5)
     problem = task.make(random.Random(3), 1, 4096)
@@ -205,7 +219,8 @@ def test_facts_keep_their_order_and_lie_at_uniform_places() -> None:
         assert text.endswith(problem.asks[0].query.decode())
         places = [text.index(fact.decode()) for fact in problem.facts]
         assert places == sorted(places)
-        assert context.depth == places[problem.asks[0].fact] / 4096
+        assert context.depth == places[problem.asks[0].facts[0]] / 4096
+        assert [context.edits[i][0] for i in context.needed] == [places[i] for i in problem.asks[0].facts]
         if places[0] + 60 < places[1]:
             assert text[places[0] - 1] == "\n"
         problem = TASKS["s-n"].make(rng, 1, 4096)

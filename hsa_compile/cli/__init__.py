@@ -12,7 +12,7 @@ from rich.logging import RichHandler
 from hsa_compile.cli.benchmarks import bench_app
 from hsa_compile.cli.deployment import build, export, run, serve, validate
 from hsa_compile.cli.evaluation import compare, evaluate, harness
-from hsa_compile.cli.inspection import diagnose
+from hsa_compile.cli.inspection import diagnose, margins
 from hsa_compile.cli.overview import demo, doctor
 from hsa_compile.cli.training import publish, tokenize, train
 from hsa_compile.cli.tuning import explain, records_app, tune
@@ -30,6 +30,7 @@ for command in (train, tokenize, build, export, run, serve, validate, diagnose, 
     app.command()(command)
 app.command("eval")(evaluate)
 app.command()(compare)
+app.command()(margins)
 app.command()(harness)
 app.add_typer(records_app, name="records")
 app.add_typer(bench_app, name="bench")

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,15 +21,15 @@ from hsa_compile.bench.inference import operator_clock
 from hsa_compile.evaluation.answers import Answer, answer, losses
 from hsa_compile.evaluation.journal import Journal
 from hsa_compile.evaluation.plan import PERPLEXITY, Plan
+from hsa_compile.evaluation.reading import read, shares_haystacks
 from hsa_compile.evaluation.samples import Samples
 from hsa_compile.model.model import HsaModel
-from hsa_compile.model.prefill import WINDOWED, Ids, patched, prefill, short_prefill
+from hsa_compile.model.prefill import Ids, patched, prefill
 from hsa_compile.model.state import State
 from hsa_compile.model.tasks.haystack import Context
 from hsa_compile.model.tasks.problem import Hay, Task
 
 Progress = Callable[[str, int], None]
-_NOTHING = (np.zeros(0, np.int64),)
 CHECK_TOLERANCE = 0.05  # of the largest logit: what rounding in half precision may do
 
 
@@ -105,7 +104,7 @@ class Evaluation:
             task.name: [i for i in range(self.plan.n) if (task.name, length, i) not in self._done]
             for task in self.plan.questions
         }
-        shares = length >= self.plan.patch_from and self.model.config.architecture in WINDOWED
+        shares = shares_haystacks(self.model.config, self.plan, length)
         for hay in ("text", "words"):
             tasks = [task for task in self.plan.questions if task.hay == hay and lacking[task.name]]
             ppl = hay == "text" and PERPLEXITY in self.plan.tasks and not self._has_ppl(length)
@@ -113,7 +112,7 @@ class Evaluation:
                 self._patched(hay, tasks, lacking, length, ppl)
                 continue
             if ppl:
-                logits, state, _ = self._read(Context(self.samples.haystack("text", length), (), _NOTHING, 0.0))
+                logits, state, _ = self._read(self.samples.haystack("text", length))
                 self._perplexity(length, logits, state)
             self._whole(tasks, lacking, length)
         self._whole([task for task in self.plan.questions if task.hay == "frequent"], lacking, length)
@@ -140,14 +139,8 @@ class Evaluation:
                         self._write(task, length, i, context, got, cost.fields(len(indices)))
 
     def _read(self, ids: Ids) -> tuple[Tensor, State, Cost]:
-        B, _L = ids.shape
-        segment = max(1, self.plan.segment // B)
         with self._cost() as costs:
-            if self.model.config.architecture in WINDOWED:
-                room = 2 + 256 // self.model.config.chunk_size
-                logits, state = short_prefill(self.model, ids, segment, self.plan.offload, room)
-            else:
-                logits, state = prefill(self.model, ids, segment, offload=self.plan.offload)
+            logits, state = read(self.model, ids, self.plan)
         return logits, state, costs[0]
 
     # One haystack for many questions.
@@ -161,7 +154,7 @@ class Evaluation:
             self._in_time()
             self.progress(f"{length:,} tokens, reading a haystack", 0)
             circle = self.samples.haystack(hay, length, first)
-            logits, state, cost = self._read(Context(circle, (), _NOTHING, 0.0))
+            logits, state, cost = self._read(circle)
             self.journal.write({"kind": "prefill", "prefill": "short", "hay": hay, "L": length, **cost.fields()})
             if ppl and not first:
                 self._perplexity(length, logits, state)

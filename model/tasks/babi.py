@@ -30,6 +30,7 @@ class _World:
     Attributes:
         told: by person and by object, the number of the fact that placed them last.
         history: the places where each object was, the last one at the end.
+        brought: by object, for each of these places, the number of the fact that named it.
     """
 
     rng: random.Random
@@ -37,6 +38,7 @@ class _World:
     place: dict[str, str] = field(default_factory=dict)
     holder: dict[str, str] = field(default_factory=dict)
     history: dict[str, list[str]] = field(default_factory=dict)
+    brought: dict[str, list[int]] = field(default_factory=dict)
     told: dict[str, int] = field(default_factory=dict)
 
     def say(self, sentence: str) -> None:
@@ -48,6 +50,7 @@ class _World:
         self.told[person] = len(self.facts)
         for thing in (x for x, who in self.holder.items() if who == person):
             self.history[thing].append(to)
+            self.brought[thing].append(self.told[person])
         self.say(f"{person} {self.rng.choice(('moved', 'went', 'travelled'))} to the {to}.")
 
     def take(self, person: str, thing: str) -> None:
@@ -56,12 +59,17 @@ class _World:
         places = self.history.setdefault(thing, [])
         if not places or places[-1] != self.place[person]:
             places.append(self.place[person])
+            self.brought.setdefault(thing, []).append(self.told[person])
         self.told[thing] = len(self.facts)
         self.say(f"{person} {self.rng.choice(('took', 'grabbed', 'picked up'))} the {thing}.")
 
     def drop(self, thing: str) -> None:
         person = self.holder.pop(thing)
         self.say(f"{person} {self.rng.choice(('dropped', 'left'))} the {thing}.")
+
+    def facts_of(self, thing: str, places: int) -> tuple[int, ...]:
+        """Who took the object last, and what named the last ``places`` places where it was."""
+        return tuple(sorted({self.told[thing], *self.brought[thing][-places:]}))
 
     def can_take(self, person: str, thing: str) -> bool:
         known = self.history.get(thing)
@@ -86,7 +94,7 @@ def _where_is_a_person(rng: random.Random, asks: int, room: int) -> Problem:
     asked = rng.sample(sorted(world.place), min(asks, len(world.place)))
     return Problem(
         tuple(world.facts),
-        tuple(Ask(f"\nWhere is {x}? In the".encode(), f" {world.place[x]}".encode(), world.told[x]) for x in asked),
+        tuple(Ask(f"\nWhere is {x}? In the".encode(), f" {world.place[x]}".encode(), (world.told[x],)) for x in asked),
     )
 
 
@@ -111,7 +119,7 @@ def _where_is_an_object(rng: random.Random, asks: int, room: int) -> Problem:
     found = []
     for thing in rng.sample(known, min(asks, len(known))):
         place = world.history[thing][-1]
-        found.append(Ask(f"\nWhere is the {thing}? In the".encode(), f" {place}".encode(), world.told[thing]))
+        found.append(Ask(f"\nWhere is the {thing}? In the".encode(), f" {place}".encode(), world.facts_of(thing, 1)))
     return Problem(tuple(world.facts), tuple(found))
 
 
@@ -121,7 +129,7 @@ def _where_was_an_object(rng: random.Random, asks: int, room: int) -> Problem:
     for thing in rng.sample(known, min(asks, len(known))):
         before, place = world.history[thing][-2:]
         query = f"\nWhere was the {thing} before the {place}? In the"
-        found.append(Ask(query.encode(), f" {before}".encode(), world.told[thing]))
+        found.append(Ask(query.encode(), f" {before}".encode(), world.facts_of(thing, 2)))
     return Problem(tuple(world.facts), tuple(found))
 
 
@@ -135,7 +143,7 @@ def _what_lies_where(rng: random.Random, asks: int, room: int) -> Problem:
     for i, back in rng.sample(questions, min(asks, len(questions))):
         a, b = places[i], places[i + 1]
         asked, known, answer = (DIRECTIONS[direction], a, b) if back else (direction, b, a)
-        found.append(Ask(f"\nWhat is {asked} of the {known}? The".encode(), f" {answer}".encode(), i))
+        found.append(Ask(f"\nWhat is {asked} of the {known}? The".encode(), f" {answer}".encode(), (i,)))
     return Problem(facts, tuple(found))
 
 
@@ -151,7 +159,7 @@ def _who_gave_what(rng: random.Random, asks: int, room: int) -> Problem:
     for i, verb in rng.sample(questions, min(asks, len(questions))):
         giver, thing, taker = gifts[i]
         answer = giver if verb == "gave" else taker
-        found.append(Ask(f"\nWho {verb} the {thing}?".encode(), f" {answer}".encode(), i))
+        found.append(Ask(f"\nWho {verb} the {thing}?".encode(), f" {answer}".encode(), (i,)))
     return Problem(tuple(facts), tuple(found))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -57,7 +58,29 @@ def codec(tokenizer: str | None) -> Codec:
     return Bytes() if tokenizer is None else Tokenizer(tokenizer)
 
 
-class Circle:
+class Text(ABC):
+    """L tokens that are made as they are asked for: like a tensor of token ids [1, L], whose parts are read."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """L."""
+
+    @abstractmethod
+    def read(self, first: int, end: int) -> Ids:
+        """Tokens ``first`` … ``end - 1``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[1, L]."""
+        return 1, len(self)
+
+    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
+        """``text[:, first:end]``, int64 [1, end - first]."""
+        first, end, _ = where[1].indices(len(self))
+        return torch.from_numpy(self.read(first, end))[None]
+
+
+class Circle(Text):
     """A text that starts again where it ends.
 
     Args:
@@ -75,7 +98,6 @@ class Circle:
         return self.length
 
     def read(self, first: int, end: int) -> Ids:
-        """Tokens ``first`` … ``end - 1``."""
         places = (self.offset + first) % len(self.tokens) + np.arange(end - first)
         if end - first and places[-1] < len(self.tokens):
             return self.tokens[places[0] : places[-1] + 1].astype(np.int64)
@@ -122,33 +144,30 @@ def other_words(codec: Codec, length: int, seed: int) -> Circle:
 
 
 @dataclass(frozen=True)
-class Context:
+class Context(Text):
     """A haystack with facts written over it, and a question at its end.
 
     Attributes:
         hay: what lies below; its length is that of the context.
         edits: (place, tokens) of what was written over it, in order, the question last.
         parts: token ids that are to come next. Where they are several, any order of them is right.
-        depth: of the fact that the question needs, as a part of the context; 0 where there are no facts.
+        needed: which of the edits are the facts that the answer needs, in order.
     """
 
     hay: Circle
     edits: tuple[tuple[int, Ids], ...]
     parts: tuple[Ids, ...]
-    depth: float
+    needed: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.hay)
 
     @property
     def answer(self) -> Ids:
         """The parts in their order."""
         return np.concatenate(self.parts)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[1, L], as of a tensor of token ids."""
-        return 1, len(self.hay)
-
     def read(self, first: int, end: int) -> Ids:
-        """Tokens ``first`` … ``end - 1``."""
         ids = self.hay.read(first, end)
         for place, tokens in self.edits:
             low, high = max(first, place), min(end, place + len(tokens))
@@ -156,15 +175,15 @@ class Context:
                 ids[low - first : high - first] = tokens[low - place : high - place]
         return ids
 
-    def __getitem__(self, where: tuple[slice, slice]) -> Tensor:
-        """``context[:, first:end]``, int64 [1, end - first]."""
-        first, end, _ = where[1].indices(len(self.hay))
-        return torch.from_numpy(self.read(first, end))[None]
-
     @property
     def changed(self) -> list[tuple[int, int]]:
         """(first, end) of each edit."""
         return [(place, place + len(tokens)) for place, tokens in self.edits]
+
+    @property
+    def depth(self) -> float:
+        """Of the first fact that the answer needs, as a part of the context; 0 where it needs none."""
+        return self.edits[self.needed[0]][0] / len(self.hay) if self.needed else 0.0
 
 
 def hide(rng: random.Random, codec: Codec, hay: Circle, problem: Problem, ask: Ask, after: bytes = b"\n") -> Context:
@@ -184,7 +203,7 @@ def hide(rng: random.Random, codec: Codec, hay: Circle, problem: Problem, ask: A
     ends = codec.encode(after)
     starts = list(_places(rng, hay, facts, free, int(ends[0]) if len(ends) == 1 else -1))
     edits = [*zip(starts, facts), (len(hay) - len(query), query)]
-    return Context(hay, tuple(edits), tuple(parts), starts[ask.fact] / len(hay) if starts else 0.0)
+    return Context(hay, tuple(edits), tuple(parts), ask.facts)
 
 
 def _places(rng: random.Random, hay: Circle, facts: Sequence[Ids], free: int, after: int) -> Iterator[int]:

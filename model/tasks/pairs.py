@@ -24,7 +24,7 @@ def _make(rng: random.Random, asks: int, room: int) -> Problem:
     values = [value(rng) for _ in keys]
     facts = tuple(f"{{{key}:{v}}}".encode() for key, v in zip(keys, values))
     asked = rng.sample(range(PAIRS), min(asks, PAIRS))
-    return Problem(facts, tuple(Ask(f"{{{keys[i]}:".encode(), values[i].encode(), i) for i in asked))
+    return Problem(facts, tuple(Ask(f"{{{keys[i]}:".encode(), values[i].encode(), (i,)) for i in asked))
 
 
 TASKS = (Task("pairs", _make, dense=True),)

@@ -17,13 +17,13 @@ class Ask:
     Args:
         query: the text's last bytes; the answer comes right after them.
         answer: what is to be continued with.
-        fact: which of the problem's facts is needed; where several are, the first of them.
+        facts: which of the problem's facts are needed, in order; none where the text itself is asked about.
         unordered: the answer's words are right in any order: the text's, if there is one, is not to be told from facts.
     """
 
     query: bytes
     answer: bytes
-    fact: int = 0
+    facts: tuple[int, ...] = ()
     unordered: bool = False
 
     @property

@@ -36,7 +36,7 @@ def _needles(rng: random.Random, count: int) -> tuple[list[str], list[str], tupl
 
 
 def _ask_one(key: str, number: str, fact: int) -> Ask:
-    return Ask(f"\nThe number of {key} is".encode(), f" {number}".encode(), fact)
+    return Ask(f"\nThe number of {key} is".encode(), f" {number}".encode(), (fact,))
 
 
 def _single(rng: random.Random, asks: int, room: int) -> Problem:
@@ -57,7 +57,7 @@ def _multi_query(rng: random.Random, asks: int, room: int) -> Problem:
         i = order[first : first + ASKED]
         query = f"\nThe numbers of {' and '.join(keys[x] for x in i)}:"
         answer = ",".join(f" {keys[x]} is {numbers[x]}" for x in i)
-        found.append(Ask(query.encode(), answer.encode(), min(i)))
+        found.append(Ask(query.encode(), answer.encode(), tuple(sorted(i))))
     return Problem(facts, tuple(found), names=tuple(keys))
 
 
@@ -67,7 +67,7 @@ def _multi_value(rng: random.Random, asks: int, room: int) -> Problem:
     others = iter(keys[1:])
     written = tuple(_needle(keys[0] if i in mine else next(others), numbers[i]) for i in range(NEEDLES))
     answer = "".join(f" {numbers[i]}" for i in mine).encode()
-    asked = Ask(f"\nThe numbers of {keys[0]} are".encode(), answer, mine[0], unordered=True)
+    asked = Ask(f"\nThe numbers of {keys[0]} are".encode(), answer, tuple(mine), unordered=True)
     return Problem(written, (asked,), names=tuple(keys))
 
 
@@ -76,17 +76,17 @@ def _variables(rng: random.Random, asks: int, room: int) -> Problem:
     values = distinct(lambda: digits(rng, 5), CHAINS)
     order = rng.sample([chain for chain in range(CHAINS) for _ in range(HOPS)], CHAINS * HOPS)
     facts: list[bytes] = []
-    done, first = [0] * CHAINS, [0] * CHAINS
+    done, told = [0] * CHAINS, [list[int]() for _ in range(CHAINS)]
     for chain in order:
         name = names[chain * HOPS + done[chain]]
         source = names[chain * HOPS + done[chain] - 1] if done[chain] else values[chain]
-        first[chain] = first[chain] if done[chain] else len(facts)
+        told[chain].append(len(facts))
         facts.append(f" Copy {source} to {name}. ".encode())
         done[chain] += 1
     found = []
     for chain in rng.sample(range(CHAINS), min(asks, CHAINS)):
         answer = "".join(f" {name}" for name in names[chain * HOPS : (chain + 1) * HOPS])
-        found.append(Ask(f"\nCopies of {values[chain]}:".encode(), answer.encode(), first[chain]))
+        found.append(Ask(f"\nCopies of {values[chain]}:".encode(), answer.encode(), tuple(told[chain])))
     return Problem(tuple(facts), tuple(found), names=tuple(names))
 
 
@@ -98,7 +98,8 @@ def _common_words(rng: random.Random, asks: int, room: int) -> Problem:
     ranked = sorted(words, key=order.index)
     answer = "".join(f" {word}" for word in ranked).encode()
     facts = tuple(f" {word} ".encode() for word in order)
-    return Problem(facts, (Ask(b"\nThe most common words are", answer, unordered=True),))
+    ask = Ask(b"\nThe most common words are", answer, tuple(range(len(facts))), unordered=True)
+    return Problem(facts, (ask,))
 
 
 def _frequent_words(rng: random.Random, asks: int, room: int) -> Problem:
@@ -116,7 +117,7 @@ def _niah(rng: random.Random, asks: int, room: int) -> Problem:
     found = []
     for i in rng.sample(range(len(keys)), min(asks, len(keys))):
         query = f"\nThe special magic number for {keys[i]} mentioned in the provided text is"
-        found.append(Ask(query.encode(), f" {numbers[i]}".encode(), i))
+        found.append(Ask(query.encode(), f" {numbers[i]}".encode(), (i,)))
     return Problem(facts, tuple(found))
 
 
