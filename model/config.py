@@ -22,6 +22,10 @@ class ConfigError(ValueError):
     """A model was described with values that do not fit together; the message says which and what would do."""
 
 
+# What no answer of a trained model depends on: training may go on from its weights with other values.
+TRAINING_ONLY = ("train_top_k", "selection_noise")
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes and choices of one model. The letters in brackets are those of the shape legends.

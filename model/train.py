@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hsa_compile.model.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from hsa_compile.model.config import ConfigError, ModelConfig
+from hsa_compile.model.config import TRAINING_ONLY, ConfigError, ModelConfig
 from hsa_compile.model.evaluate import text_loss
 from hsa_compile.model.gradients import GradientGraphs
 from hsa_compile.model.hsa import HsaLayer
@@ -126,7 +126,7 @@ def _progress_bar(shown: bool) -> Progress:
 def _weights(checkpoint: str, model: ModelConfig) -> dict[str, Tensor]:
     """The weights to start from, in float32."""
     found = load_checkpoint(checkpoint)
-    if found.config != model:
+    if replace(found.config, **{name: getattr(model, name) for name in TRAINING_ONLY}) != model:
         raise ConfigError(f"{checkpoint} is of another model: give the recipe its config, or another checkpoint")
     return found.float().state_dict()
 
