@@ -3,7 +3,7 @@
     config, layers, encoder, hsa, model   the architecture; ``state`` and ``cache`` are what it carries between steps
     rows, packed                          rows of a batch that are not alike, and several documents in one
     host, flash, graph                    memory off the GPU, windows by FlashAttention, decoding from CUDA graphs
-    baselines, landmark, mamba            what it is compared with; ``variants`` lists the rows of a comparison
+    baselines, landmark, mamba            what it is compared with; ``variants`` makes the rows of a comparison
     recipe, train, optimizer              learning: what is to be done, and the loop that does it
     data, shards, stream                  texts, tokens, and the batches drawn from them
     tasks                                 questions about facts hidden in texts, for training and evaluation

@@ -33,20 +33,32 @@ BASELINES: dict[str, dict[str, Any]] = {
 }
 
 
-def variants(base: ModelConfig, length: int, multiple: int = 1) -> dict[str, ModelConfig]:
-    """Every ablation and baseline of ``base`` by name, with as many parameters as ``base`` (``with_parameters``).
+NO_SPARSITY = "no enforced sparsity"
+VARIANTS = (*ABLATIONS, NO_SPARSITY, *BASELINES)
+
+
+def variant(base: ModelConfig, name: str, length: int, multiple: int = 1) -> ModelConfig:
+    """An ablation or baseline of ``base``, with as many parameters as ``base`` (``with_parameters``).
 
     Args:
         base: the paper's choice: an encoder with CLS, bypass, few chunks selected.
+        name: of ``VARIANTS``.
         length: tokens of a training sample; the row without enforced sparsity trains with all its chunks selected.
         multiple: of what ``mlp_dim`` is to be.
 
     Raises:
-        ConfigError: a row does not fit the sizes of ``base``.
+        ConfigError: there is no such row, or it does not fit the sizes of ``base``; other rows may.
     """
-    rows = ABLATIONS | {"no enforced sparsity": {"train_top_k": max(1, length // base.chunk_size)}} | BASELINES
-    wanted = parameter_count(base)
-    return {name: with_parameters(replace(base, **change), wanted, multiple) for name, change in rows.items()}
+    if name not in VARIANTS:
+        raise ConfigError(f"unknown variant {name!r}; known: {', '.join(VARIANTS)}")
+    if name == NO_SPARSITY:
+        change: dict[str, Any] = {"train_top_k": max(1, length // base.chunk_size)}
+    else:
+        change = (ABLATIONS | BASELINES)[name]
+    try:
+        return with_parameters(replace(base, **change), parameter_count(base), multiple)
+    except ConfigError as error:
+        raise ConfigError(f"variant {name!r} does not fit this model: {error}") from None
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -20,7 +20,7 @@ from hsa_compile.cli import app
 from hsa_compile.model.config import ConfigError, preset
 from hsa_compile.model.parallel import World
 from hsa_compile.model.prefill import prefill
-from hsa_compile.model.variants import parameter_count
+from hsa_compile.model.variants import parameter_count, variant
 
 PLAN: dict[str, Any] = {
     "preset": "tiny", "device": "cpu", "train_lengths": (64,), "train_tokens": 128, "prefill_lengths": (64, 200),
@@ -53,8 +53,9 @@ def test_every_part_is_measured_and_kept(tmp_path: Path) -> None:
 
 def test_baselines_have_as_many_parameters() -> None:
     base = preset("240m")
-    for name in training.VARIANTS:
-        config = training.variant(base, name)
+    assert variant(base, "hsa", 64, training.WIDTH) == base
+    for name in training.VARIANTS.values():
+        config = variant(base, name, 64, training.WIDTH)
         assert parameter_count(config) == pytest.approx(parameter_count(base), rel=0.01)
         assert config.mlp_dim % training.WIDTH == 0
 

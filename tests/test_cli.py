@@ -10,6 +10,8 @@ from typer.testing import CliRunner, Result
 from hsa_compile import validate
 from hsa_compile.bench import kernels
 from hsa_compile.cli import app
+from hsa_compile.model.checkpoint import read_config
+from hsa_compile.model.config import preset
 
 BENCH_KEYS = {
     "suite",
@@ -113,12 +115,23 @@ def test_bench_kernels_checks_before_it_times(tmp_path: Path, monkeypatch: pytes
     assert "GFLOP/s" in output
 
 
+def test_rows_that_fit_a_model_are_trained_where_another_does_not(tmp_path: Path) -> None:
+    tiny = preset("tiny")
+    assert tiny.window < tiny.chunk_size  # what "window left out" refuses
+    for name in ("hsa", "no encoder"):
+        call("train", "--variant", name, "--steps", 1, "--batch", 2, "--output", tmp_path / name)
+    assert read_config(tmp_path / "hsa")[0] == tiny
+    assert read_config(tmp_path / "no encoder")[0].encoder == "none"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("train", "--preset", "huge"), "unknown preset 'huge'; known: tiny"),
         (("train", "--data", "/nowhere"), "no such file or directory: /nowhere"),
         (("train", "--steps", 0), "steps must be at least 1, got 0"),
+        (("train", "--variant", "no brain"), "unknown variant 'no brain'; known: hsa, no encoder"),
+        (("train", "--variant", "window left out"), "variant 'window left out' does not fit this model: leave_window"),
         (("build", "tiny", "--target", "gpu:x"), "unknown target 'gpu:x'; known: cpu:native"),
         (("export", "/nowhere"), "/nowhere"),
         (("run", "/nowhere", "--prompt", "x"), "is not a bundle"),

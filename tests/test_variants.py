@@ -15,7 +15,7 @@ from hsa_compile.model.encoder import ChunkEncoder, Memory
 from hsa_compile.model.hsa import HsaLayer
 from hsa_compile.model.layers import rotations
 from hsa_compile.model.model import HsaModel, sequence_loss
-from hsa_compile.model.variants import parameter_count, variants, with_parameters
+from hsa_compile.model.variants import VARIANTS, parameter_count, variant, with_parameters
 from hsa_compile.noise import gumbel, noisy_chunk_select
 from hsa_compile.ops import chunk_select
 from kit import lively, select_inputs
@@ -156,7 +156,7 @@ def test_without_enforced_sparsity_training_sees_every_visible_chunk() -> None:
 
 def test_all_variants_have_as_many_parameters_and_learn() -> None:
     small = with_change(upper_layers=1, n_groups=1)
-    rows = variants(small, length=16)
+    rows = {name: variant(small, name, length=16) for name in VARIANTS}
     wanted = parameter_count(small)
     assert rows["hsa"] == small
     assert rows["no enforced sparsity"].train_top_k == 4
@@ -177,6 +177,20 @@ def test_all_variants_have_as_many_parameters_and_learn() -> None:
         assert losses[-1] < losses[0] - 0.2, name
         missing = [n for n, p in model.named_parameters() if p.grad is None]
         assert not missing, name
+
+
+def test_a_row_that_does_not_fit_is_refused_alone() -> None:
+    narrow = with_change(window=SMALL.chunk_size - 1)
+    refused = []
+    for name in VARIANTS:
+        try:
+            variant(narrow, name, length=16)
+        except ConfigError as error:
+            refused.append(str(error))
+    assert refused == [
+        "variant 'window left out' does not fit this model: leave_window needs a window of at least chunk_size (4), "
+        "got 3: tokens between window and chunk would be seen by neither"
+    ]
 
 
 def test_parameters_that_cannot_be_reached() -> None:

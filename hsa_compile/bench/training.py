@@ -8,36 +8,28 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hsa_compile.model.config import Architecture, ModelConfig
+from hsa_compile.model.config import ModelConfig
 from hsa_compile.model.metrics import COUNTED, training_flops
 from hsa_compile.model.model import HsaModel, sequence_loss
 from hsa_compile.model.optimizer import make_optimizer
 from hsa_compile.model.parallel import World, shard
 from hsa_compile.model.recipe import TrainConfig
-from hsa_compile.model.variants import parameter_count, with_parameters
+from hsa_compile.model.variants import variant
 
 log = logging.getLogger("hsa_compile")
 
-# Names in the results, and architectures.
-VARIANTS: dict[str, Architecture] = {"hsa": "hsa", "swa": "swa", "full": "attention", "mamba2": "mamba"}
-WIDTH = 64  # of what the baselines' MLP widths are multiples: their parameters then differ by 1 % at most
+# Names in the results, and those of ``model/variants.py``.
+VARIANTS = {"hsa": "hsa", "swa": "SWA", "full": "full attention", "mamba2": "Mamba-2"}
+WIDTH = 64  # of what MLP widths are multiples: their parameters then differ by 1 % at most
 WARM_UP = 3
 # Dense attention is measured on its fastest kernels: cuDNN's, where a GPU has them.
 _DENSE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-def variant(base: ModelConfig, name: str) -> ModelConfig:
-    """A row of ``VARIANTS`` with as many parameters as ``base``."""
-    if name == "hsa":
-        return base
-    return with_parameters(replace(base, architecture=VARIANTS[name]), parameter_count(base), WIDTH)
 
 
 class Trainer:
@@ -109,7 +101,7 @@ def rows(
 def _measure(
     base: ModelConfig, name: str, length: int, batch: int, world: World, ceiling: float, steps: int, seconds: float
 ) -> list[dict[str, Any]]:
-    config, device = variant(base, name), world.device
+    config, device = variant(base, VARIANTS[name], length, WIDTH), world.device
     if device.type == "cuda":
         gc.collect()  # what was measured before
         torch.cuda.empty_cache()

@@ -13,8 +13,6 @@ import typer
 from hsa_compile.cli.common import Checkpoint, Output, console, friendly, spinner, text_of
 
 if TYPE_CHECKING:
-    from hsa_compile.model.config import ModelConfig
-    from hsa_compile.model.recipe import TrainConfig
     from hsa_compile.model.train import TrainResult
 
 
@@ -56,6 +54,7 @@ def train(
         from hsa_compile.model.recipe import TrainConfig, read_recipe
         from hsa_compile.model.resume import saved_recipe
         from hsa_compile.model.train import train as run_training
+        from hsa_compile.model.variants import variant as variant_config
 
         given: dict[str, Any] = {
             "out": text_of(output), "model": None if preset is None else preset_config(preset), "data": text_of(data),
@@ -69,22 +68,13 @@ def train(
             config = saved_recipe(given.get("out", config.out))
         config = dataclasses.replace(config, **given)
         if variant is not None:
-            config = dataclasses.replace(config, model=_variant(variant, config))
+            model = variant_config(config.model, variant, config.length, multiple=16)
+            config = dataclasses.replace(config, model=model)
         result = run_training(config, resume)
         if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
             _say_how_it_went(result)
         if result.interrupted:
             raise typer.Exit(130)
-
-
-def _variant(name: str, config: TrainConfig) -> ModelConfig:
-    from hsa_compile.model.config import ConfigError
-    from hsa_compile.model.variants import variants
-
-    rows = variants(config.model, config.length, multiple=16)
-    if name not in rows:
-        raise ConfigError(f"unknown variant {name!r}; known: {', '.join(rows)}")
-    return rows[name]
 
 
 def _say_how_it_went(result: TrainResult) -> None:
