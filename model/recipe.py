@@ -34,7 +34,8 @@ class TrainConfig:
         model: the model's shape.
         data: a text file, a directory of them, or a directory of token shards (``model/shards.py``); by default a book.
         tokenizer: a Hugging Face ``tokenizer.json`` for text; by default tokens are bytes.
-        init: a checkpoint of the same model, whose weights training starts from; by default from random ones.
+        init: a checkpoint whose weights training starts from, of the same model but for ``train_top_k`` and
+            ``selection_noise``; by default from random ones.
         steps, batch, length: updates, samples an update, tokens a sample.
         short_part, short_length: the first part of the updates is on shorter samples, as many tokens an update: of this
             length, then of twice that, and so on. Finding a fact among few chunks comes much sooner, and carries over.

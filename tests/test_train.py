@@ -130,9 +130,20 @@ def test_training_starts_from_given_weights(recipe: TrainConfig, tmp_path: Path)
     first = train(dataclasses.replace(recipe, steps=12))
     more = dataclasses.replace(recipe, steps=2, warmup=2, lr=1e-6, min_lr=0.0, out=str(tmp_path / "more"))
     assert train(dataclasses.replace(more, init=recipe.out)).losses[0] < first.losses[0] - 0.5
-    other = dataclasses.replace(more, init=recipe.out, model=dataclasses.replace(SMALL, window=9))
-    with pytest.raises(ConfigError, match="is of another model"):
-        train(other)
+    for change in ({"window": 9}, {"d_model": 48}):
+        other = dataclasses.replace(more, init=recipe.out, model=dataclasses.replace(SMALL, **change))
+        with pytest.raises(ConfigError, match="is of another model"):
+            train(other)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_training_goes_on_from_weights_with_what_answers_do_not_depend_on(recipe: TrainConfig, tmp_path: Path) -> None:
+    first = train(dataclasses.replace(recipe, steps=12))
+    model = dataclasses.replace(SMALL, selection_noise=0.7, train_top_k=1)
+    more = dataclasses.replace(recipe, steps=2, warmup=2, lr=1e-6, min_lr=0.0, out=str(tmp_path / "more"), model=model)
+    went_on = train(dataclasses.replace(more, init=recipe.out))
+    assert went_on.losses[0] < first.losses[0] - 0.5
+    assert went_on.model.config == load_checkpoint(more.out).config == model
 
 
 @pytest.mark.usefixtures("no_plots")
