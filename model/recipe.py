@@ -58,6 +58,8 @@ class TrainConfig:
             there are letters.
         fill: part of a sample with questions that is facts, questions and answers.
         answer_weight: of an answer's token in the loss; a token of text has 1.
+        straddle: probability that a fact in text is moved so that it lies across two of the model's chunks, its last
+            1 to 8 tokens in the second, where there is text enough for that. The task ``pairs`` on bytes has none.
         eval_every: steps between held-out losses.
         save_every: steps between training states to resume from; 0 keeps none, not even when interrupted.
         keep: training states that are kept, the newest ones.
@@ -98,6 +100,7 @@ class TrainConfig:
     pairs: int = 16
     fill: float = 0.7
     answer_weight: float = 20.0
+    straddle: float = 0.0
     eval_every: int = 100
     save_every: int = 500
     keep: int = 2
@@ -115,7 +118,7 @@ class TrainConfig:
         for name in ("save_every", "workers", "threads", "min_lr", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("short_part", "text_share", "fill"):
+        for name in ("short_part", "text_share", "fill", "straddle"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie in 0 … 1, got {getattr(self, name)}")
         for name in ("lr", "clip", "answer_weight"):

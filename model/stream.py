@@ -77,7 +77,10 @@ class Batches(Dataset[Batch]):
         self.config, self.text = config, text
         tasks = tuple((task, config.tasks[task.name]) for task in find_tasks(list(config.tasks)))
         self.most_pairs = len(KEYS if isinstance(text, bytes) else WORDS)
-        self.weaver = Weaver(codec(config.tokenizer), text, tasks, config.fill, config.answer_weight)
+        self.weaver = Weaver(
+            codec(config.tokenizer), text, tasks, config.fill, config.answer_weight,
+            config.straddle, config.model.chunk_size,
+        )  # fmt: skip
 
     def __getitem__(self, step: int) -> Batch:
         """Inputs, targets and loss weights [B, L] at this step, of the length that is due."""

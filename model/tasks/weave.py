@@ -19,6 +19,7 @@ from hsa_compile.model.tasks.problem import WORDS, Ask, Problem, Task, digits
 ASKS = 6  # questions about one problem's facts, at most
 STATED_DIGITS = 7
 TRIES = 16  # of any problems, before those that fit are looked for in order
+STRADDLED = 8  # last tokens of a fact, before one of which a chunk begins where it straddles: most are digits, in bytes
 WORDS_LENGTH = 512  # from which on a text of words is long enough for some to be common
 
 
@@ -40,6 +41,8 @@ class Weaver:
         tasks: each with how often it is drawn.
         fill: part of a sample that is facts, questions and answers.
         answer_weight: of an answer's token in the loss; a token of text has 1.
+        straddle: probability that a fact woven into text is moved so that a chunk begins within its last tokens.
+        chunk_size: [S] tokens a chunk, for ``straddle``.
     """
 
     codec: Codec
@@ -47,6 +50,8 @@ class Weaver:
     tasks: tuple[tuple[Task, float], ...]
     fill: float
     answer_weight: float
+    straddle: float = 0.0
+    chunk_size: int = 64
 
     def draw(self, rng: random.Random, length: int, pairs: int) -> Sample:
         """A sample of ``length`` tokens; ``pairs`` at most, where it is one of dense pairs.
@@ -156,6 +161,8 @@ class Weaver:
         part = excerpt(rng, self.text, room)
         text = np.frombuffer(part, np.uint8) if isinstance(part, bytes) else part
         cuts = sorted(rng.randrange(room + 1) for _ in pieces)
+        if self.straddle:
+            cuts = self._across_chunks(rng, pieces, cuts, room)
         ids, weights, last = [], np.ones(length + 1, np.float32), 0
         written = 0
         for piece, cut in zip(pieces, cuts):
@@ -165,6 +172,21 @@ class Weaver:
             weights[first + piece.begin : first + piece.end] = self.answer_weight
             last, written = cut, written + len(piece.ids)
         return Sample(np.concatenate([*ids, text[last:]]).tolist(), weights[1:].tolist())
+
+    def _across_chunks(self, rng: random.Random, pieces: list[_Piece], cuts: list[int], room: int) -> list[int]:
+        """The cuts, some moved so that facts lie across two chunks: each by less than a chunk, the shorter way if there
+        is text for it. Later ones move along only where they would come before this one."""
+        moved, last, written = list[int](), 0, 0
+        for piece, cut in zip(pieces, cuts):
+            last, size = max(last, cut), len(piece.ids)
+            if not piece.end and size > 1 and rng.random() < self.straddle:
+                border = last + written + size - rng.randint(1, min(STRADDLED, size - 1))
+                ahead = -border % self.chunk_size
+                moves = [x for x in (ahead, ahead - self.chunk_size) if (moved or [0])[-1] <= last + x <= room]
+                last += min(moves, key=abs, default=0)
+            moved.append(last)
+            written += size
+        return moved
 
     def _answer(self, rng: random.Random, ask: Ask) -> NDArray[np.int64]:
         """One of the right answers: no order is taught where none counts."""
